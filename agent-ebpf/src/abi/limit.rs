@@ -1,0 +1,31 @@
+//! Capacities and bounds, each with the reason for its number.
+
+/// Rules in one block. Disjoint port intervals of one address rarely exceed a handful; 16 keep a
+/// block under 400 bytes and the verifier's walk short.
+pub const RULES_PER_SET: usize = 16;
+/// Blocks that one address may chain: 64 rules. The compiler refuses an address that needs more.
+pub const SETS_PER_ADDRESS: usize = 4;
+/// Ancestors looked at. `cgroup.max.depth` can be larger, but a selector this deep is refused.
+pub const MAX_LEVELS: u32 = 32;
+/// Slots of the per-CPU allow cache (a power of two): 72 KiB a CPU.
+pub const CACHE_SLOTS: u32 = 1024;
+/// Slots of the per-CPU fold table (a power of two).
+pub const FOLD_SLOTS: u32 = 256;
+/// An allow verdict is trusted this long at most, in nanoseconds of boot time.
+pub const CACHE_NANOS: u64 = 1_000_000_000;
+/// Repeats within this time fold into one event, in nanoseconds.
+pub const FOLD_NANOS: u64 = 1_000_000_000;
+/// Bytes of the event ring: 16 MiB hold about 100,000 events, far beyond what the per-agent rate
+/// lets through between two drains.
+pub const RING_BYTES: u32 = 16 << 20;
+/// Sockets whose owner is remembered, for naming the process behind a packet. An LRU map: losing
+/// an owner costs a name in a log line, never a verdict.
+pub const OWNERS: u32 = 32_768;
+/// The pseudo-agent of processes under a root that no agent claims.
+pub const UNREGISTERED: u32 = 0;
+/// `entry` of a verdict that no entry decided.
+pub const NO_ENTRY: u32 = u32::MAX;
+/// `entry` of a verdict that the loopback rule decided.
+pub const LOOPBACK_ENTRY: u32 = u32::MAX - 1;
+/// A deadline that never comes.
+pub const NEVER: u64 = u64::MAX;

@@ -1,0 +1,84 @@
+//! The contract between the kernel programs and the daemon.
+
+mod addr;
+mod event;
+mod key;
+mod limit;
+mod row;
+mod word;
+
+pub use addr::Addr;
+pub use event::*;
+pub use key::*;
+pub use limit::*;
+pub use row::*;
+pub use word::*;
+
+/// Version of everything in this module. It is part of the pin path, so that two layouts never
+/// meet; bump it in the commit that changes a type, a map or their meaning.
+pub const ABI_VERSION: u32 = 1;
+
+/// Derives what crosses the kernel boundary, and proves it: no padding, any bit pattern valid.
+macro_rules! shared {
+    ($($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident : $ty:ty,)* })*) => {$(
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(
+            Clone, Copy, Debug, PartialEq, Eq, Hash,
+            zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
+        )]
+        pub struct $name { $($(#[$field_meta])* pub $field: $ty,)* }
+
+        impl $name {
+            /// A value with every byte zero.
+            pub const fn zeroed() -> Self {
+                // SAFETY: `FromBytes` is derived above, so all-zero bytes are a valid value.
+                unsafe { core::mem::zeroed() }
+            }
+        }
+
+        // SAFETY: `IntoBytes` and `FromBytes` are derived above: no padding, any bytes are valid.
+        #[cfg(not(target_arch = "bpf"))]
+        unsafe impl aya::Pod for $name {}
+    )*};
+}
+pub(crate) use shared;
+
+/// One size or offset of the layout, folded into a fingerprint (FNV-1a).
+const fn fold(hash: u64, value: usize) -> u64 {
+    (hash ^ value as u64).wrapping_mul(0x0100_0000_01b3)
+}
+
+/// Hash of the sizes and the telling offsets of all shared types. The object carries it in its
+/// read-only data; the loader refuses an object whose value differs from its own.
+pub const FINGERPRINT: u64 = {
+    let mut hash = fold(0xcbf2_9ce4_8422_2325, ABI_VERSION as usize);
+    let facts = [
+        size_of::<ScopeKey>(),
+        size_of::<Rule>(),
+        core::mem::offset_of!(Rule, entry),
+        core::mem::offset_of!(Rule, effect),
+        size_of::<RuleSet>(),
+        size_of::<AgentRow>(),
+        core::mem::offset_of!(AgentRow, state),
+        core::mem::offset_of!(AgentRow, flags),
+        size_of::<Slot>(),
+        size_of::<Counters>(),
+        size_of::<Fold>(),
+        size_of::<Budget>(),
+        size_of::<Owner>(),
+        size_of::<Event>(),
+        core::mem::offset_of!(Event, agent),
+        core::mem::offset_of!(Event, comm),
+        size_of::<Question>(),
+        size_of::<Answer>(),
+        REASONS,
+        RULES_PER_SET,
+    ];
+    let mut i = 0;
+    while i < facts.len() {
+        hash = fold(hash, facts[i]);
+        i += 1;
+    }
+    hash
+};

@@ -1,0 +1,154 @@
+//! Map values.
+
+use super::{Addr, REASONS, RULES_PER_SET, shared};
+
+shared! {
+    /// One port interval of one protocol class, at one address. The compiler resolves precedence:
+    /// within the rules of an address at most one matches.
+    pub struct Rule {
+        /// Boot time in nanoseconds from which an allow is `expired`; [`super::NEVER`] without end.
+        pub deadline: u64,
+        /// Index of the registry entry that it comes from, in the agent's own numbering.
+        pub entry: u32,
+        /// First port.
+        pub low: u16,
+        /// Last port, inclusive.
+        pub high: u16,
+        /// A [`super::Class`], or 0 for all of them.
+        pub class: u8,
+        /// An [`super::Effect`].
+        pub effect: u8,
+        /// Zero.
+        pub pad: [u8; 6],
+    }
+
+    /// Value of `rulesets`: a block of rules. Immutable once published.
+    pub struct RuleSet {
+        /// Rules in use.
+        pub len: u32,
+        /// Index of the next block plus one; 0 ends the chain.
+        pub next: u32,
+        /// The rules.
+        pub rules: [Rule; RULES_PER_SET],
+    }
+
+    /// Value of `rows`: what is in force for an agent. Immutable once published; the word in
+    /// `agents` is what flips.
+    pub struct AgentRow {
+        /// Policy id: the `space` of its scope.
+        pub policy: u64,
+        /// Boot time in nanoseconds before which everything is `not_yet_valid`.
+        pub not_before: u64,
+        /// Boot time in nanoseconds from which everything is `expired`.
+        pub deadline: u64,
+        /// A [`super::State`].
+        pub state: u8,
+        /// A [`super::Mode`].
+        pub mode: u8,
+        /// A [`super::Loopback`].
+        pub loopback: u8,
+        /// [`SOCKETS_ICMP`] and [`SOCKETS_ANY`].
+        pub sockets: u8,
+        /// [`FLAG_SERVES`].
+        pub flags: u8,
+        /// Zero.
+        pub pad: [u8; 3],
+    }
+
+    /// Value of `cache`: one remembered allow. `cgroup` is the tag: cleared first, written last.
+    pub struct Slot {
+        /// The cgroup that asked; 0 is an empty slot.
+        pub cgroup: u64,
+        /// Peer.
+        pub addr: Addr,
+        /// The agent's word at the time (see `agents`): any change of the agent makes this stale.
+        pub row: u64,
+        /// The attribution epoch at the time.
+        pub epoch: u64,
+        /// Boot time in nanoseconds at which the slot ends.
+        pub deadline: u64,
+        /// The agent.
+        pub agent: u32,
+        /// Peer's port.
+        pub port: u16,
+        /// IP protocol.
+        pub protocol: u8,
+        /// Zero.
+        pub pad: u8,
+    }
+
+    /// Value of `counters`, per CPU: never lost, whatever becomes of events.
+    pub struct Counters {
+        /// Attempts let through.
+        pub allowed: u64,
+        /// Attempts refused, by [`super::Reason`].
+        pub denied: [u64; REASONS],
+        /// Attempts that monitor mode let through, by [`super::Reason`].
+        pub monitored: [u64; REASONS],
+    }
+
+    /// Value of `folds`, per CPU: a refusal seen lately, so that repeats only count.
+    pub struct Fold {
+        /// Repeats, cumulative within `generation`, the first included.
+        pub seen: u64,
+        /// Boot time in nanoseconds of the last event.
+        pub emitted: u64,
+        /// Cgroup of the socket.
+        pub cgroup: u64,
+        /// Peer.
+        pub addr: Addr,
+        /// The agent.
+        pub agent: u32,
+        /// Goes up with each new tenant of the slot.
+        pub generation: u32,
+        /// Process.
+        pub pid: u32,
+        /// The entry that decided.
+        pub entry: u32,
+        /// Peer's port.
+        pub port: u16,
+        /// IP protocol.
+        pub protocol: u8,
+        /// A [`super::Hook`].
+        pub hook: u8,
+        /// A [`super::Verdict`].
+        pub verdict: u8,
+        /// A [`super::Reason`].
+        pub reason: u8,
+        /// Zero.
+        pub pad: [u8; 2],
+    }
+
+    /// Value of `budgets`, per CPU: a token bucket of events for one agent.
+    pub struct Budget {
+        /// Boot time in nanoseconds of the last refill.
+        pub refilled: u64,
+        /// Events left.
+        pub tokens: u64,
+    }
+
+    /// Value of `owners`: who made or connected a socket, and what connect judged.
+    pub struct Owner {
+        /// Address that connect let through; zero when it was not asked.
+        pub addr: Addr,
+        /// Name of the task.
+        pub comm: [u8; 16],
+        /// Process (thread group) id.
+        pub pid: u32,
+        /// User id.
+        pub uid: u32,
+        /// Port that connect let through.
+        pub port: u16,
+        /// 1 once connect let something through.
+        pub connected: u8,
+        /// Zero.
+        pub pad: u8,
+    }
+}
+
+/// [`AgentRow::sockets`]: some entry grants ICMP, so raw ICMP sockets have a use.
+pub const SOCKETS_ICMP: u8 = 1;
+/// [`AgentRow::sockets`]: some entry grants every protocol, so any socket type has a use.
+pub const SOCKETS_ANY: u8 = 2;
+/// [`AgentRow::flags`]: the scope has clients to answer.
+pub const FLAG_SERVES: u8 = 1;

@@ -1,0 +1,3 @@
+//! The registry compiler.
+
+pub mod tables;

@@ -1,0 +1,1 @@
+//! Host, VM and end-to-end tests of Remit.

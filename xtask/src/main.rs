@@ -1,0 +1,3 @@
+//! Set-up, builds, tests and VMs of Remit, as commands.
+
+fn main() {}
