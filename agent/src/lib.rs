@@ -12,4 +12,6 @@
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
+pub mod audit;
+pub mod daemon;
 pub mod policy;
