@@ -7,6 +7,7 @@
 
 use std::{
     env, fs,
+    net::{IpAddr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -40,8 +41,8 @@ fn agent() -> Subject {
     }
 }
 
-fn endpoint(ip: &str, port: Option<u16>) -> Option<Endpoint> {
-    let ip = ip.parse().unwrap();
+fn endpoint(ip: impl Into<IpAddr>, port: Option<u16>) -> Option<Endpoint> {
+    let ip = ip.into();
     Some(Endpoint { ip, port })
 }
 
@@ -56,7 +57,7 @@ fn denied() -> Violation {
         protocol: 6,
         family: 2,
         socket_type: 0,
-        dst: endpoint("198.51.100.23", Some(443)),
+        dst: endpoint([198, 51, 100, 23], Some(443)),
         dst_name: None,
         src: None,
         process: ProcessInfo {
@@ -84,8 +85,8 @@ fn monitored() -> Violation {
         reason: Reason::Denied,
         hook: Hook::Egress,
         protocol: 17,
-        dst: endpoint("2001:db8:9::7", Some(53)),
-        src: endpoint("2001:db8::10", Some(48_122)),
+        dst: endpoint([0x2001, 0xdb8, 9, 0, 0, 0, 0, 7], Some(53)),
+        src: endpoint([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10], Some(48_122)),
         family: 10,
         entry: Some(EntryRef {
             name: "scope.deny[0]".to_owned(),
@@ -206,9 +207,9 @@ fn variants() -> Vec<Value> {
     events.push(bare.to_ocsf(&Host::default(), 1));
     let gone = Violation {
         process: ProcessInfo::from_record(9, b"\xff\x1b", Some(0), Witness::Owner),
-        dst: endpoint("::1", None),
+        dst: endpoint(Ipv6Addr::LOCALHOST, None),
         dst_name: Some("paste.example.net".to_owned()),
-        src: endpoint("::", Some(0)),
+        src: endpoint(Ipv6Addr::UNSPECIFIED, Some(0)),
         ..denied()
     };
     events.push(gone.to_ocsf(&host(), 1));
