@@ -28,7 +28,7 @@ pub mod text;
 pub mod writer;
 
 pub use decided::{Decided, Decision};
-pub use ledger::{Key, Ledger, Owed, Residual};
+pub use ledger::{Allowance, Key, Ledger, Owed, Residual};
 pub use line::human;
 pub use ocsf::{Code, Host, LogName};
 pub use process::Processes;

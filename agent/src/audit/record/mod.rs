@@ -90,7 +90,7 @@ pub struct Lost {
     /// In the kernel: the ring was full, the agent's event budget spent, or the fold slot went to
     /// another kind of attempt.
     pub kernel: u64,
-    /// Over the agent's rate of lines.
+    /// Over the agent's allowance of lines and bytes.
     pub rate: u64,
     /// The log could not be written.
     pub disk: u64,
