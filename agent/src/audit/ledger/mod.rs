@@ -4,7 +4,7 @@
 //!
 //! What the kernel side does, and this relies on:
 //! - a refusal finds its fold slot: of the same kind it adds one to `seen`, else it takes the slot
-//!   over (`generation` goes up, `seen` is 1);
+//!   over (`generation` goes up, `seen` is 1); within a generation only `seen` and `emitted` change;
 //! - it submits a record that carries `seen`, unless the slot's last one is younger than a second,
 //!   or the agent's event budget is spent, or the ring is full;
 //! - then it adds one to the agent's counter.
