@@ -12,5 +12,7 @@
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
+pub mod audit;
+pub mod daemon;
 pub mod kernel;
 pub mod policy;
