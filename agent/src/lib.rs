@@ -13,4 +13,5 @@
 //! | `cli`     | all of the above               | argv and terminal |
 
 pub mod cgroup;
+pub mod launch;
 pub mod policy;
