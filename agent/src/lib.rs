@@ -13,6 +13,8 @@
 //! | `cli`     | all of the above               | argv and terminal |
 
 pub mod audit;
+pub mod cgroup;
 pub mod daemon;
 pub mod kernel;
+pub mod launch;
 pub mod policy;
