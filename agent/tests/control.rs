@@ -1,7 +1,10 @@
 //! The control socket from outside, with a stand-in for the daemon behind it. Those that take on
 //! other users need root: `cargo test -p remit --test control -- --include-ignored`.
 
-#![allow(clippy::unwrap_used, reason = "a failed expectation is how a test fails")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failed expectation is how a test fails"
+)]
 
 use std::{
     fs,
