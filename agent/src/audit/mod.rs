@@ -15,6 +15,7 @@
 //! written as such within five seconds.
 
 pub mod decided;
+pub mod ledger;
 pub mod line;
 pub mod ocsf;
 pub mod record;
@@ -23,6 +24,7 @@ pub mod text;
 pub mod writer;
 
 pub use decided::{Decided, Decision};
+pub use ledger::{Key, Ledger, Owed, Residual};
 pub use line::human;
 pub use ocsf::{Code, Host, LogName};
 pub use record::{Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation};
