@@ -6,64 +6,35 @@
     reason = "a failed expectation is how a test fails"
 )]
 
+mod stand_in;
+
 use std::{
     fs,
     io::{Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
 use remit::control::{
-    Call, Request,
     client::{Client, ClientError},
     protocol::{
-        Agent, Agents, Answer, Code, Explain, Myself, Posture, Refusal, Registry, Reload, RunGrant,
-        RunRequest, Source, Status,
+        Agent, Agents, Code, Explain, Myself, Posture, Refusal, Reload, RunGrant, RunRequest,
+        Status,
     },
-    server::{BindError, Listener, serve},
+    server::{BindError, Listener},
 };
-use tempfile::TempDir;
-use tokio::sync::mpsc;
-
-/// A served socket with a stand-in daemon; gone when dropped.
-struct Served {
-    socket: PathBuf,
-    _folder: TempDir,
-    _runtime: tokio::runtime::Runtime,
-}
+use stand_in::{Answers, ELSEWHERE, Served, serve_at, status};
 
 fn served(roots: &[&str]) -> Served {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("remit.sock");
-    let listener = Listener::bind(&socket, "no-such-group").unwrap();
-    let roots = roots.iter().map(|root| (*root).to_owned()).collect();
-    let (calls, requests) = mpsc::channel(8);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.spawn(serve(listener, roots, calls));
-    runtime.spawn(stand_in(requests));
-    Served {
-        socket,
-        _folder: folder,
-        _runtime: runtime,
-    }
+    stand_in::served(roots, Answers::default())
 }
 
-impl Served {
-    fn client(&self) -> Client {
-        Client::new(&self.socket).unwrap()
-    }
-
-    /// Sends `text` as it stands, and reads to the end.
-    fn raw(&self, text: &str) -> String {
-        exchange(&self.socket, text)
-    }
+fn client(served: &Served) -> Client {
+    Client::new(&served.socket).unwrap()
 }
 
+/// Sends `text` as it stands, and reads to the end.
 fn exchange(socket: &Path, text: &str) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream
@@ -75,88 +46,12 @@ fn exchange(socket: &Path, text: &str) -> String {
     answer
 }
 
-async fn stand_in(mut requests: mpsc::Receiver<Call>) {
-    while let Some(Call { caller, request }) = requests.recv().await {
-        // A caller that went away is no failure of the stand-in.
-        let _gone = match request {
-            Request::Status(reply) => reply.send(Ok(status())).is_err(),
-            Request::Agents(reply) => reply
-                .send(Ok(Agents {
-                    revision: 7,
-                    agents: Vec::new(),
-                }))
-                .is_err(),
-            Request::Agent(id, reply) => reply
-                .send(Err::<Agent, _>(Refusal::no_such_agent(&id)))
-                .is_err(),
-            Request::Explain(question, reply) => reply
-                .send(Ok(Explain {
-                    question,
-                    verdict: Answer::Denied,
-                    reason: Some("out_of_scope".to_owned()),
-                    entry: None,
-                    until_ms: None,
-                    source: Source::Kernel,
-                    hash: "sha256:00".to_owned(),
-                    revision: 7,
-                    note: None,
-                }))
-                .is_err(),
-            // Never answered: dropped with the request.
-            Request::Reload(reply) => {
-                drop(reply);
-                false
-            }
-            Request::Run(request, reply) => reply
-                .send(Ok(RunGrant {
-                    cgroup: PathBuf::from(format!("/cg/{}", request.agent)),
-                    id: 5,
-                }))
-                .is_err(),
-            Request::Myself(reply) => reply
-                .send(Ok(Myself {
-                    agent: None,
-                    name: None,
-                    owner: None,
-                    approval_ref: None,
-                    state: "unregistered".to_owned(),
-                    mode: "enforce".to_owned(),
-                    expires_ms: None,
-                    cgroup: caller.cgroup,
-                    revision: 7,
-                    hash: None,
-                    scope: Vec::new(),
-                    denials: Vec::new(),
-                    advice: "ask".to_owned(),
-                }))
-                .is_err(),
-        };
-    }
-}
-
-fn status() -> Status {
-    Status {
-        version: "0.1.0".to_owned(),
-        posture: Posture::Enforcing,
-        reasons: Vec::new(),
-        since_ms: 1,
-        revision: 7,
-        guards: Vec::new(),
-        agents: Vec::new(),
-        findings: Vec::new(),
-        registry: Registry::default(),
-    }
-}
-
 fn refusal<T: std::fmt::Debug>(answer: Result<T, ClientError>) -> Refusal {
     match answer.unwrap_err() {
         ClientError::Refused(refusal) => refusal,
         other => panic!("{other:?}"),
     }
 }
-
-/// A root that this test does not run in.
-const ELSEWHERE: &[&str] = &["/remit-test-elsewhere.slice"];
 
 /// This process's own cgroup.
 fn own_cgroup() -> String {
@@ -188,8 +83,11 @@ fn as_user<T: Send>(uid: u32, gid: u32, act: impl FnOnce() -> T + Send) -> T {
 #[ignore = "needs root"]
 fn root_outside_the_fence_may_ask_and_change() {
     let served = served(ELSEWHERE);
-    let client = served.client();
-    assert_eq!(client.get::<Status>("/status").unwrap(), status());
+    let client = client(&served);
+    assert_eq!(
+        client.get::<Status>("/status").unwrap(),
+        status(Posture::Enforcing)
+    );
     assert_eq!(client.get::<Agents>("/agents").unwrap().revision, 7);
     let explain: Explain = client
         .get("/explain?agent=a&addr=2001:db8::1&port=53&protocol=17")
@@ -212,7 +110,7 @@ fn root_outside_the_fence_may_ask_and_change() {
 #[test]
 #[ignore = "needs root"]
 fn a_request_that_the_daemon_drops_is_told_as_such() {
-    let reload = refusal(served(ELSEWHERE).client().post::<Reload>("/reload"));
+    let reload = refusal(client(&served(ELSEWHERE)).post::<Reload>("/reload"));
     assert_eq!(reload.code, Code::Internal);
 }
 
@@ -220,7 +118,7 @@ fn a_request_that_the_daemon_drops_is_told_as_such() {
 fn root_inside_the_fence_may_ask_about_itself_alone() {
     let own = own_cgroup();
     let served = served(&[&own]);
-    let client = served.client();
+    let client = client(&served);
     let myself: Myself = client.get("/self").unwrap();
     assert_eq!(myself.cgroup.as_deref(), Some(own.as_str()));
     for path in ["/status", "/agents", "/agents/a", "/nothing", "/self/"] {
@@ -262,12 +160,8 @@ fn readers_may_ask_and_not_change() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let socket = folder.path().join("remit.sock");
-    let listener = Listener::bind(&socket, "nogroup").unwrap();
+    let _served = serve_at(&socket, "nogroup", ELSEWHERE, Answers::default());
     assert_eq!(mode(&socket), 0o660);
-    let (calls, requests) = mpsc::channel(8);
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.spawn(serve(listener, vec!["/elsewhere".to_owned()], calls));
-    runtime.spawn(stand_in(requests));
 
     let get = "GET /v1/status HTTP/1.1\r\nhost: remit\r\n\r\n";
     let post = "POST /v1/reload HTTP/1.1\r\nhost: remit\r\ncontent-length: 0\r\n\r\n";
@@ -324,7 +218,7 @@ fn what_cannot_be_served_says_so_in_json() {
             "too_large",
         ),
     ] {
-        let answer = served.raw(&request);
+        let answer = exchange(&served.socket, &request);
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {expected} ")),
             "{answer}"
@@ -346,7 +240,10 @@ fn silent_strangers_do_not_keep_root_out() {
             .map(|_| UnixStream::connect(&served.socket).unwrap())
             .collect()
     });
-    assert_eq!(served.client().get::<Status>("/status").unwrap(), status());
+    assert_eq!(
+        client(&served).get::<Status>("/status").unwrap(),
+        status(Posture::Enforcing)
+    );
     drop(silent);
 }
 

@@ -40,7 +40,7 @@ pub struct Caller {
     pub groups: Vec<u32>,
     /// Process id; none when it could not be told.
     pub pid: Option<i32>,
-    /// Path below the v2 mount of the cgroup that it was in; none when it could not be told.
+    /// The cgroup that it was in, as `/proc/PID/cgroup` writes it; none when it could not be told.
     pub cgroup: Option<String>,
     /// What it may do.
     pub rights: Rights,
@@ -49,7 +49,8 @@ pub struct Caller {
 /// What rights are decided by, besides the caller.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// Governed roots: cgroup paths below the v2 mount, each starting with `/`.
+    /// Governed roots as `/proc/PID/cgroup` writes them: from the root of our cgroup namespace,
+    /// which is above the mount where only a part of the hierarchy is mounted.
     pub roots: Vec<String>,
     /// Members of this group may read.
     pub readers: Option<u32>,

@@ -182,7 +182,7 @@ fn make_room(path: &Path) -> Result<(), BindError> {
 
 /// Serves for as long as the future is polled; dropping it ends every connection.
 ///
-/// `roots` are the governed cgroup paths below the v2 mount. When the receiving end of `calls` is
+/// `roots` are the governed cgroups, as `/proc/PID/cgroup` writes them. When the receiving end of `calls` is
 /// gone, callers are told that the daemon is stopping.
 ///
 /// # Errors
