@@ -18,8 +18,10 @@ pub mod decided;
 pub mod ledger;
 pub mod line;
 pub mod ocsf;
+pub mod process;
 pub mod record;
 pub mod span;
+pub mod tail;
 pub mod text;
 pub mod writer;
 
@@ -27,5 +29,7 @@ pub use decided::{Decided, Decision};
 pub use ledger::{Key, Ledger, Owed, Residual};
 pub use line::human;
 pub use ocsf::{Code, Host, LogName};
+pub use process::Processes;
 pub use record::{Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation};
+pub use tail::{Filter, Line, Tail};
 pub use writer::{Limits, Log, LogError};

@@ -607,6 +607,26 @@ mod tests {
     }
 
     #[test]
+    fn half_a_line_that_cannot_be_taken_back_is_ended_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(&dir, ROOMY);
+        write(&mut log, "a");
+        // A full pipe takes half a line as a full disk may, and cannot be cut.
+        let (_reader, writer) = io::pipe().unwrap();
+        let pipe = File::from(std::os::fd::OwnedFd::from(writer));
+        let nonblocking = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&pipe, nonblocking).unwrap();
+        let real = std::mem::replace(&mut log.open.file, pipe);
+        let long = "x".repeat(100_000);
+        let error = log.append(|_| json!(long)).unwrap_err();
+        assert!(matches!(error, LogError::Short { .. }), "{error}");
+        log.open.file = real;
+        write(&mut log, "b");
+        assert_eq!(log.take_torn(), 1);
+        assert_eq!(lines(log.path()), pairs(&[(1, "a"), (2, "b")]));
+    }
+
+    #[test]
     fn a_link_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("elsewhere");

@@ -460,3 +460,41 @@ fn the_rate_is_per_agent() {
         .filter(|event| ledger.record(kernel.now, event).is_some());
     assert_eq!(lines.count(), 3);
 }
+
+#[test]
+fn a_slot_whose_records_are_all_lost_is_written_with_details_in_time() {
+    let mut kernel = Kernel::new(true);
+    let mut daemon = Daemon::new(200);
+    let mut details = 0;
+    for _ in 0..80 {
+        kernel.attempt(0, denied(443), true);
+        kernel.now += SECOND / 10;
+        if kernel.now.is_multiple_of(SECOND) {
+            kernel.count(0);
+            let residuals = daemon.ledger.folds(kernel.now, kernel.copy(None));
+            details += residuals.iter().map(|residual| residual.count).sum::<u64>();
+            let owed = daemon.ledger.tick(kernel.now, kernel.counters.clone());
+            assert_eq!(owed, [], "the slot knows the details");
+        }
+    }
+    assert!(details >= 30, "{details} of 80");
+}
+
+#[test]
+fn a_record_overtaken_by_the_next_tenants_upsets_nothing() {
+    let event = |generation, seen| Event {
+        agent: 1,
+        verdict: Verdict::Denied as u8,
+        reason: Reason::OutOfScope as u8,
+        generation,
+        seen,
+        ..Event::zeroed()
+    };
+    let mut ledger = Ledger::new(200);
+    // An interrupt between reserve and submit lets the later one go first.
+    assert_eq!(ledger.record(0, &event(u32::MAX, 1)), Some(1));
+    assert_eq!(ledger.record(0, &event(0, 1)), Some(1));
+    assert_eq!(ledger.record(0, &event(u32::MAX, 2)), None);
+    assert_eq!(ledger.record(0, &event(0, 1)), None);
+    assert_eq!(ledger.record(0, &event(0, 3)), Some(2));
+}
