@@ -14,6 +14,8 @@
 
 pub mod audit;
 pub mod cgroup;
+pub mod cli;
+pub mod control;
 pub mod daemon;
 pub mod kernel;
 pub mod launch;
