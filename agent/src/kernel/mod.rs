@@ -99,6 +99,7 @@ pub struct Enforcer {
     answer: Array<MapData, Answer>,
     fences: HashMap<String, Fence>,
     directory: PathBuf,
+    adopted: bool,
 }
 
 /// Magic number of bpffs in `statfs(2)`.
@@ -164,6 +165,7 @@ impl Enforcer {
             path: maps.clone(),
             source,
         })?;
+        let adopted = maps.join("agents").exists();
         let mut ebpf = object::load(object, &maps, &capacity, tuning)?;
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
@@ -181,6 +183,7 @@ impl Enforcer {
             answer,
             fences: HashMap::new(),
             directory,
+            adopted,
         };
         let said = enforcer.judge(Question {
             agent: LAYOUT_QUESTION,
@@ -220,6 +223,23 @@ impl Enforcer {
             .filter_map(|(cgroup, id)| self.tables.index_of(id).map(|index| (*cgroup, index)))
             .collect();
         self.tables.attribute(&wanted)
+    }
+
+    /// The same by index.
+    pub fn attribute_indices(&mut self, wanted: &[(u64, u32)]) -> Result<usize, ApplyError> {
+        self.tables.attribute(&wanted.iter().copied().collect())
+    }
+
+    /// Whether the maps were there before this process: an earlier daemon's fence was taken over.
+    pub fn born_before_us(&self) -> bool {
+        self.adopted
+    }
+
+    /// When the counters were made, in milliseconds since the Unix epoch.
+    pub fn born(&self) -> Option<i64> {
+        let made = fs::metadata(self.directory.join("maps/counters")).ok()?.modified().ok()?;
+        let since = made.duration_since(std::time::UNIX_EPOCH).ok()?;
+        i64::try_from(since.as_millis()).ok()
     }
 
     /// Cgroup id to agent index, as in force.
@@ -358,6 +378,43 @@ fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
         name,
         source: Box::new(source.into()),
     })
+}
+
+/// Removes what any version of the daemon pinned below `directory`: the links, which detaches
+/// them, and the maps. Fences of `remit run` are not the daemon's. Returns what was removed.
+pub fn detach_pinned(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(removed),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let version = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix('v'))
+            .is_some_and(|version| version.parse::<u32>().is_ok());
+        if version {
+            remove_pins(&path)?;
+            removed.push(path);
+        }
+    }
+    Ok(removed)
+}
+
+/// Starts a thread that passes what the programs say (aya-log) on to this process's own log. For
+/// debugging: see the daemon's `--kernel-log`.
+pub fn log(ebpf: &mut Ebpf) -> Result<(), aya_log::Error> {
+    let mut logger = aya_log::EbpfLogger::init(ebpf)?;
+    std::thread::spawn(move || {
+        loop {
+            logger.flush();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    });
+    Ok(())
 }
 
 /// Whether anything is pinned below `directory`.

@@ -9,7 +9,7 @@ use std::{
 
 use agent_ebpf::abi::{
     AgentName, AgentRow, ROW_INDEX_BITS, Rule, RuleSet, SERVE, SETS_PER_ADDRESS, SPACE_BITS,
-    ScopeKey,
+    ScopeKey, UNREGISTERED,
 };
 use aya::{
     Ebpf, Pod,
@@ -21,7 +21,7 @@ use super::{
     error::{ApplyError, OpenError},
     sets::{Interned, RuleSets},
 };
-use crate::policy::tables::Prefix;
+use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
 /// What shall be in force for one agent, in the kernel's terms.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -263,9 +263,13 @@ impl Tables {
             needs: u32::try_from(taken.len()).unwrap_or(u32::MAX) + 1,
             limit: "agents",
         };
-        let index = (0..self.agents.len())
-            .find(|index| !taken.contains(index))
-            .ok_or(full)?;
+        let index = if id == UNREGISTERED_ID {
+            UNREGISTERED
+        } else {
+            (UNREGISTERED + 1..self.agents.len())
+                .find(|index| !taken.contains(index))
+                .ok_or(full)?
+        };
         let mut name = AgentName::zeroed();
         for (slot, byte) in name.bytes.iter_mut().take(63).zip(id.bytes()) {
             *slot = byte;
