@@ -75,7 +75,15 @@ fn help_lists_every_command() {
     assert_eq!(listed.collect::<Vec<_>>(), COMMANDS);
 }
 
-const COMMANDS: &[&str] = &["status", "agents", "reload", "completions", "man", "help"];
+const COMMANDS: &[&str] = &[
+    "status",
+    "agents",
+    "tail",
+    "reload",
+    "completions",
+    "man",
+    "help",
+];
 
 #[test]
 fn every_command_says_what_it_does() {
@@ -105,6 +113,7 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["status", "extra"],
         &["completions"],
         &["man", "nonsense"],
+        &["tail", "--since", "yesterday"],
     ] {
         let output = remit(&settings, arguments);
         assert_eq!(code(&output), 2, "{arguments:?}");
@@ -296,4 +305,38 @@ fn nobody_reading_is_no_failure() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((code(&output), stderr(&output)), (0, String::new()));
+}
+
+#[test]
+fn tail_reads_the_log_without_a_daemon() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let none = remit(&settings, &["tail"]);
+    assert_eq!((code(&none), stdout(&none)), (0, String::new()));
+
+    let lines = [
+        r#"{"time":1793836800000,"class_uid":4001,"message":"one","ai_agent":{"uid":"a"}}"#,
+        "torn {",
+        r#"{"time":1793836801000,"class_uid":4001,"message":"two","ai_agent":{"uid":"b"}}"#,
+    ];
+    fs::create_dir(folder.path().join("log")).unwrap();
+    fs::write(
+        folder.path().join("log/violations.jsonl"),
+        lines.map(|line| format!("{line}\n")).concat(),
+    )
+    .unwrap();
+    let raw = remit(&settings, &["tail", "--json"]);
+    assert_eq!(code(&raw), 0);
+    assert_eq!(stdout(&raw), format!("{}\n{}\n", lines[0], lines[2]));
+    assert!(stderr(&raw).starts_with("1 line in `"), "{}", stderr(&raw));
+    let one = remit(&settings, &["tail", "--json", "--agent", "b"]);
+    assert_eq!(stdout(&one), format!("{}\n", lines[2]));
+    let late = remit(
+        &settings,
+        &["tail", "--json", "--since", "2026-11-05T00:00:01Z"],
+    );
+    assert_eq!(stdout(&late), format!("{}\n", lines[2]));
+    let readable = remit(&settings, &["tail"]);
+    assert_eq!(stdout(&readable).lines().count(), 2);
+    assert!(!stdout(&readable).contains('\u{1b}'));
 }

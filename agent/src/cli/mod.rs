@@ -8,6 +8,7 @@ mod output;
 mod reload;
 mod status;
 mod support;
+mod tail;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
@@ -53,6 +54,8 @@ enum Command {
     Status,
     /// Print the registry as it is in force.
     Agents(agents::Arguments),
+    /// Print violations, one line each.
+    Tail(tail::Arguments),
     /// Compile the registry and swap it in.
     Reload,
     /// Print a completion script for a shell.
@@ -84,6 +87,7 @@ impl Global {
         match command {
             Command::Status => status::run(self, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
+            Command::Tail(arguments) => tail::run(self, &arguments, &output),
             Command::Reload => reload::run(self, &output),
             Command::Completions(arguments) => support::completions(&arguments, &output),
             Command::Man(arguments) => support::man(&arguments, &output),
