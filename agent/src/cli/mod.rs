@@ -2,6 +2,10 @@
 //! help texts. Each command has a file of its own, and only [`output`] prints.
 
 mod agents;
+mod check;
+mod compiled;
+mod destination;
+mod explain;
 mod format;
 mod outcome;
 mod output;
@@ -17,7 +21,10 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use outcome::Result;
 use output::Output;
 
-use crate::{control::client::Client, daemon::settings::Settings};
+use crate::{
+    control::client::Client,
+    daemon::settings::{Settings, SettingsError},
+};
 
 /// Makes an AI agent's registry entry what the kernel enforces.
 ///
@@ -50,6 +57,10 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Compile the registry offline and print the findings.
+    Check(check::Arguments),
+    /// Say whether an agent may reach a destination, by which entry and why.
+    Explain(explain::Arguments),
     /// Say whether this host enforces: each guard and each agent, read back from the kernel.
     Status,
     /// Print the registry as it is in force.
@@ -85,6 +96,8 @@ impl Global {
     fn run(&self, command: Command) -> Result {
         let output = Output::new(self.json);
         match command {
+            Command::Check(arguments) => check::run(self, &arguments, &output),
+            Command::Explain(arguments) => explain::run(self, &arguments, &output),
             Command::Status => status::run(self, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
@@ -96,9 +109,13 @@ impl Global {
 
     /// The settings in force for this command.
     fn settings(&self) -> Result<Settings> {
+        Ok(self.load_settings()?)
+    }
+
+    fn load_settings(&self) -> std::result::Result<Settings, SettingsError> {
         // An empty variable is one that is not set.
         let config = self.config.as_deref().filter(|path| !path.is_empty());
-        Ok(Settings::load(config.map(Path::new))?)
+        Settings::load(config.map(Path::new))
     }
 
     /// A client for the daemon that the settings name.

@@ -1,3 +1,4 @@
 //! The daemon: the only place where the other modules meet.
 
+pub mod registry;
 pub mod settings;
