@@ -13,7 +13,10 @@
 //! | `cli`     | all of the above               | argv and terminal |
 
 pub mod audit;
+pub mod cgroup;
 pub mod cli;
 pub mod control;
 pub mod daemon;
+pub mod kernel;
+pub mod launch;
 pub mod policy;

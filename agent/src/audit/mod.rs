@@ -9,6 +9,7 @@
 //! | `text`    | bytes that an agent chose, made harmless; pure |
 //! | `writer`  | one object a line, one write a line, sequence without gaps, rotation |
 //! | `tail`    | reads the log as it grows, over rotation |
+//! | `sums`    | what a log says was written, for the next daemon's ledger |
 //! | `process` | what /proc says of a process, and of this host |
 //!
 //! Nothing is lost silently: what could not be written as a line of its own is counted, and
@@ -21,15 +22,19 @@ pub mod ocsf;
 pub mod process;
 pub mod record;
 pub mod span;
+pub mod sums;
 pub mod tail;
 pub mod text;
 pub mod writer;
 
 pub use decided::{Decided, Decision};
-pub use ledger::{Key, Ledger, Owed, Residual};
+pub use ledger::{Allowance, Key, Ledger, Owed, Residual};
 pub use line::human;
 pub use ocsf::{Code, Host, LogName};
 pub use process::Processes;
-pub use record::{Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation};
+pub use record::{
+    Context, Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation,
+};
+pub use sums::{Sums, written_since};
 pub use tail::{Filter, Line, Tail};
 pub use writer::{Limits, Log, LogError};

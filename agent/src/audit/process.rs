@@ -9,11 +9,10 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::{self, Read as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     time::SystemTime,
 };
-
-use std::os::unix::ffi::OsStrExt as _;
 
 use super::{
     ocsf::Host,

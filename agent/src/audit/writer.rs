@@ -132,10 +132,13 @@ impl Log {
     }
 
     /// Appends one event. `build` gets the line's number and returns the value that carries it.
-    /// After an error the number is still free and the file as it was.
-    pub fn append(&mut self, build: impl FnOnce(u64) -> Value) -> Result<(), LogError> {
+    /// Returns the bytes of the line. After an error the number is still free and the file as it
+    /// was.
+    pub fn append(&mut self, build: impl FnOnce(u64) -> Value) -> Result<usize, LogError> {
+        let full = self.open.size >= self.limits.max_size;
         // A file that grows too long is better than a line that is not there.
-        if self.open.size >= self.limits.max_size
+        if full
+            && self.is_in_place()
             && let Err(error) = self.rotate()
         {
             self.trouble = Some(error);
@@ -154,7 +157,7 @@ impl Log {
         }
         self.write(&line)?;
         self.open.next += 1;
-        Ok(())
+        Ok(line.len())
     }
 
     /// Opens the file at the path anew, as after a rotation by somebody else. The numbers go on
@@ -254,8 +257,6 @@ impl Log {
                 &numbered(&self.path, number.saturating_add(1)),
             )?;
         }
-        // What is in the old file must outlive a crash as well as what follows.
-        self.sync()?;
         rename(&self.path, &numbered(&self.path, 1))?;
         self.open = Open::at(&self.path)?;
         self.prune()

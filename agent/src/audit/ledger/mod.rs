@@ -4,7 +4,7 @@
 //!
 //! What the kernel side does, and this relies on:
 //! - a refusal finds its fold slot: of the same kind it adds one to `seen`, else it takes the slot
-//!   over (`generation` goes up, `seen` is 1);
+//!   over (`generation` goes up, `seen` is 1); within a generation only `seen` and `emitted` change;
 //! - it submits a record that carries `seen`, unless the slot's last one is younger than a second,
 //!   or the agent's event budget is spent, or the ring is full;
 //! - then it adds one to the agent's counter.
@@ -15,11 +15,11 @@
 //! |---|---|---|
 //! | a record of its fold slot, then or later | most | what happened, with a count |
 //! | a look at the fold slots | the repeats after a slot's last record | what happened, with a count |
-//! | the counter | a slot taken over, a ring or budget exceeded, a line over the rate or not written | [`Owed`]: a count without details |
+//! | the counter | a slot taken over, a ring or budget exceeded, a line over the allowance or not written | [`Owed`]: a count without details |
 //!
 //! The counter pays only what nothing else can pay later: what it said a tick ago (every record
 //! submitted before has been read meanwhile), less what was written, less what still waits in fold
-//! slots. Each tick is a second, and everything is written within four.
+//! slots. Each tick is a second, and everything is written within five.
 
 #[cfg(test)]
 mod tests;
@@ -36,13 +36,26 @@ const SETTLE_NANOS: u64 = 500_000_000;
 /// Repeats wait no longer than this for a record of their own slot, in nanoseconds.
 const WAIT_NANOS: u64 = 2 * FOLD_NANOS;
 
+/// A day, in nanoseconds.
+const DAY_NANOS: u64 = 86_400 * 1_000_000_000;
+
+/// What one agent may write, so that none pushes out the others' evidence. What is over it is
+/// counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// Lines a second.
+    pub lines: u32,
+    /// Bytes a day.
+    pub bytes: u64,
+}
+
 /// Books of all agents.
 #[derive(Debug)]
 pub struct Ledger {
-    rate: u32,
+    allowance: Allowance,
     accounts: HashMap<Key, Account>,
     slots: HashMap<u32, SlotState>,
-    buckets: HashMap<u32, Bucket>,
+    budgets: HashMap<u32, Budget>,
     /// When the counters were read last, in nanoseconds.
     read: Option<u64>,
 }
@@ -85,7 +98,7 @@ struct Account {
     counted: u64,
     /// Attempts in fold slots that no line stands for, at the last look.
     waiting: u64,
-    /// Of what is owed: kept back by the rate.
+    /// Of what is owed: kept back by the allowance.
     rate: u64,
     /// Of what is owed: not written for an error.
     disk: u64,
@@ -103,25 +116,27 @@ struct SlotState {
     waiting_since: Option<u64>,
 }
 
-/// Lines that an agent may still have: a token bucket of one second's worth.
+/// What an agent may still write: a token bucket of one second's worth of lines, and the bytes of
+/// the day.
 #[derive(Clone, Copy, Debug)]
-struct Bucket {
+struct Budget {
     /// In billionths of a line.
     tokens: u64,
     filled: u64,
+    bytes: u64,
+    day_began: u64,
 }
 
 // === impl Ledger ===
 
 impl Ledger {
-    /// Empty books, right when the kernel's counters are all zero. `rate` is the lines a second
-    /// that one agent may have.
-    pub fn new(rate: u32) -> Self {
+    /// Empty books, right when the kernel's counters are all zero.
+    pub fn new(allowance: Allowance) -> Self {
         Self {
-            rate,
+            allowance,
             accounts: HashMap::new(),
             slots: HashMap::new(),
-            buckets: HashMap::new(),
+            budgets: HashMap::new(),
             read: None,
         }
     }
@@ -154,9 +169,9 @@ impl Ledger {
             .map(|(key, account)| (*key, account.written))
     }
 
-    /// Changes the lines a second that one agent may have.
-    pub fn set_rate(&mut self, rate: u32) {
-        self.rate = rate;
+    /// Books the bytes of a line that was written. `now` is boot time in nanoseconds.
+    pub fn spend(&mut self, now: u64, agent: u32, bytes: usize) {
+        self.budget(now, agent).bytes += bytes as u64;
     }
 
     /// The attempts that the line of this record stands for; none means that no line is due. A
@@ -312,21 +327,41 @@ impl Ledger {
     /// Closes the books of an agent whose number and counters the kernel has given up.
     pub fn forget(&mut self, agent: u32) {
         self.accounts.retain(|key, _| key.agent != agent);
-        self.buckets.remove(&agent);
+        self.budgets.remove(&agent);
     }
 
-    /// Books a line if the agent's rate has room for it.
+    /// Books a line if the agent's allowance has room for it.
     fn post(&mut self, now: u64, key: Key, count: u64) -> Option<u64> {
-        let full = Bucket::full(self.rate, now);
-        let bucket = self.buckets.entry(key.agent).or_insert(full);
+        let allowance = self.allowance;
+        let granted = self.budget(now, key.agent).take(allowance);
         let account = self.accounts.entry(key).or_default();
-        if bucket.take(self.rate, now) {
+        if granted {
             account.written += count;
             Some(count)
         } else {
             account.rate += count;
             None
         }
+    }
+
+    /// The agent's budget as it is now.
+    fn budget(&mut self, now: u64, agent: u32) -> &mut Budget {
+        let full = u64::from(self.allowance.lines) * Budget::LINE;
+        let budget = self.budgets.entry(agent).or_insert(Budget {
+            tokens: full,
+            filled: now,
+            bytes: 0,
+            day_began: now,
+        });
+        let elapsed = now.saturating_sub(budget.filled);
+        let gained = elapsed.saturating_mul(u64::from(self.allowance.lines));
+        budget.tokens = budget.tokens.saturating_add(gained).min(full);
+        budget.filled = budget.filled.max(now);
+        if now.saturating_sub(budget.day_began) >= DAY_NANOS {
+            budget.bytes = 0;
+            budget.day_began = now;
+        }
+        budget
     }
 }
 
@@ -355,27 +390,13 @@ impl SlotState {
     }
 }
 
-// === impl Bucket ===
+// === impl Budget ===
 
-impl Bucket {
+impl Budget {
     const LINE: u64 = 1_000_000_000;
 
-    fn full(rate: u32, now: u64) -> Self {
-        Self {
-            tokens: u64::from(rate) * Self::LINE,
-            filled: now,
-        }
-    }
-
-    fn take(&mut self, rate: u32, now: u64) -> bool {
-        let elapsed = now.saturating_sub(self.filled);
-        let gained = elapsed.saturating_mul(u64::from(rate));
-        self.tokens = self
-            .tokens
-            .saturating_add(gained)
-            .min(u64::from(rate) * Self::LINE);
-        self.filled = self.filled.max(now);
-        if self.tokens < Self::LINE {
+    fn take(&mut self, allowance: Allowance) -> bool {
+        if self.tokens < Self::LINE || self.bytes >= allowance.bytes {
             return false;
         }
         self.tokens -= Self::LINE;

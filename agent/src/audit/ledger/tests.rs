@@ -12,6 +12,13 @@ const CPUS: usize = 2;
 /// Few, so that tenants drive each other out.
 const SLOTS: usize = 3;
 
+fn lines(lines: u32) -> Allowance {
+    Allowance {
+        lines,
+        bytes: u64::MAX,
+    }
+}
+
 type Sums = BTreeMap<Key, u64>;
 
 /// What tells attempts apart, for folding.
@@ -148,7 +155,7 @@ struct Daemon {
 impl Daemon {
     fn new(rate: u32) -> Self {
         Self {
-            ledger: Ledger::new(rate),
+            ledger: Ledger::new(lines(rate)),
             lines: Sums::new(),
             disk_full: false,
             past: VecDeque::new(),
@@ -352,7 +359,7 @@ fn repeats_are_written_with_their_own_destination() {
 #[test]
 fn what_is_over_the_rate_is_owed_and_told_as_such() {
     let mut kernel = Kernel::new(true);
-    let mut ledger = Ledger::new(2);
+    let mut ledger = Ledger::new(lines(2));
     let mut lines = 0;
     for port in 0..5 {
         kernel.attempt(0, denied(port), false);
@@ -378,7 +385,7 @@ fn what_is_over_the_rate_is_owed_and_told_as_such() {
 #[test]
 fn a_line_that_was_not_written_is_owed_for_the_disk() {
     let mut kernel = Kernel::new(true);
-    let mut ledger = Ledger::new(200);
+    let mut ledger = Ledger::new(lines(200));
     kernel.attempt(0, denied(443), false);
     let count = ledger.record(kernel.now, &kernel.ring[0]).unwrap();
     ledger.unwritten(denied(443).key, count);
@@ -429,7 +436,7 @@ fn the_next_daemon_owes_what_the_last_one_left() {
 #[test]
 fn readings_too_close_together_settle_nothing() {
     let mut kernel = Kernel::new(true);
-    let mut ledger = Ledger::new(200);
+    let mut ledger = Ledger::new(lines(200));
     kernel.attempt(0, denied(443), true);
     kernel.count(0);
     assert_eq!(ledger.tick(kernel.now, kernel.counters.clone()), []);
@@ -448,7 +455,7 @@ fn readings_too_close_together_settle_nothing() {
 #[test]
 fn the_rate_is_per_agent() {
     let mut kernel = Kernel::new(true);
-    let mut ledger = Ledger::new(1);
+    let mut ledger = Ledger::new(lines(1));
     for agent in 1..4 {
         let mut kind = denied(443);
         kind.key.agent = agent;
@@ -490,11 +497,33 @@ fn a_record_overtaken_by_the_next_tenants_upsets_nothing() {
         seen,
         ..Event::zeroed()
     };
-    let mut ledger = Ledger::new(200);
+    let mut ledger = Ledger::new(lines(200));
     // An interrupt between reserve and submit lets the later one go first.
     assert_eq!(ledger.record(0, &event(u32::MAX, 1)), Some(1));
     assert_eq!(ledger.record(0, &event(0, 1)), Some(1));
     assert_eq!(ledger.record(0, &event(u32::MAX, 2)), None);
     assert_eq!(ledger.record(0, &event(0, 1)), None);
     assert_eq!(ledger.record(0, &event(0, 3)), Some(2));
+}
+
+#[test]
+fn the_bytes_of_a_day_are_bounded_and_the_rest_is_counted() {
+    let allowance = Allowance {
+        lines: 200,
+        bytes: 1_000,
+    };
+    let mut kernel = Kernel::new(true);
+    let mut ledger = Ledger::new(allowance);
+    let mut line = |kernel: &mut Kernel, port| {
+        kernel.attempt(0, denied(port), false);
+        let count = ledger.record(kernel.now, &kernel.ring.pop_front().unwrap());
+        if count.is_some() {
+            ledger.spend(kernel.now, 1, 600);
+        }
+        count
+    };
+    let first: Vec<_> = (0..3).map(|port| line(&mut kernel, port)).collect();
+    assert_eq!(first, [Some(1), Some(1), None]);
+    kernel.now += DAY_NANOS;
+    assert_eq!(line(&mut kernel, 9), Some(1));
 }
