@@ -76,6 +76,7 @@ fn help_lists_every_command() {
 }
 
 const COMMANDS: &[&str] = &[
+    "run",
     "check",
     "explain",
     "status",
@@ -117,6 +118,8 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["man", "nonsense"],
         &["tail", "--since", "yesterday"],
         &["explain", "alpha"],
+        &["run", "--agent", "alpha"],
+        &["run", "--", "true"],
         &["explain", "alpha", "api.example.com:443"],
         &["explain", "alpha", "192.0.2.1:443/sctp"],
     ] {
@@ -137,6 +140,7 @@ fn without_a_daemon_it_could_not_be_told() {
         &["agents"],
         &["agents", "x"],
         &["reload"],
+        &["run", "--agent", "x", "--", "true", "--json"],
     ] {
         let output = remit(&settings, arguments);
         assert_eq!(code(&output), 3, "{arguments:?}");
@@ -521,4 +525,14 @@ fn explain_is_loud_when_the_kernel_says_otherwise() {
     let kept = asked(&served, &["explain", "other", "203.0.113.1:443"]);
     assert_eq!(code(&kept), 0);
     assert!(stderr(&kept).contains("stands alone"), "{}", stderr(&kept));
+}
+
+#[test]
+fn run_says_as_a_shell_would_that_there_is_no_such_command() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for (command, expected) in [("/nonexistent/command", 127), ("/etc/passwd", 126)] {
+        let output = remit(&settings, &["run", "--agent", "alpha", "--", command]);
+        assert_eq!(code(&output), expected, "{}", stderr(&output));
+    }
 }

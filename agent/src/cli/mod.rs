@@ -10,6 +10,7 @@ mod format;
 mod outcome;
 mod output;
 mod reload;
+mod run;
 mod status;
 mod support;
 mod tail;
@@ -57,6 +58,8 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a command as an agent, and exit as it does.
+    Run(run::Arguments),
     /// Compile the registry offline and print the findings.
     Check(check::Arguments),
     /// Say whether an agent may reach a destination, by which entry and why.
@@ -96,6 +99,7 @@ impl Global {
     fn run(&self, command: Command) -> Result {
         let output = Output::new(self.json);
         match command {
+            Command::Run(arguments) => run::run(self, arguments),
             Command::Check(arguments) => check::run(self, &arguments, &output),
             Command::Explain(arguments) => explain::run(self, &arguments, &output),
             Command::Status => status::run(self, &output),
