@@ -49,6 +49,8 @@ struct Asked {
     label: String,
     protocol: u8,
     port: u16,
+    /// Whether this port is meant, and not one that stands for many.
+    exact: bool,
 }
 
 /// The whole answer.
@@ -134,6 +136,7 @@ fn ask(destination: &Destination, tables: Option<&AgentTables>) -> Result<Vec<As
             label: written(addr, protocol, port),
             protocol,
             port,
+            exact: true,
         });
         return Ok(asked.collect());
     }
@@ -183,6 +186,7 @@ fn everything(addr: IpAddr, tables: &AgentTables) -> Vec<Asked> {
                 label: format!("{addr}{}", ports.replace("  ", " ")),
                 protocol,
                 port: rule.low.max(1),
+                exact: rule.low == rule.high,
             }
         })
         .collect();
@@ -208,6 +212,7 @@ fn everything(addr: IpAddr, tables: &AgentTables) -> Vec<Asked> {
             label: format!("{addr} {label}"),
             protocol,
             port,
+            exact: false,
         });
     }
     asked
@@ -235,7 +240,10 @@ fn row(
         _ => None,
     };
     let (registry, because, would_change) = match offline {
-        Some((registry, because, change)) => (Some(registry), Some(because), Some(change)),
+        // Advice about the one port that was asked would mislead about the others.
+        Some((registry, because, change)) => {
+            (Some(registry), Some(because), asked.exact.then_some(change))
+        }
         None => (None, None, None),
     };
     Ok(Row {
