@@ -1,6 +1,11 @@
 //! Builds the BPF object that the daemon embeds. `AYA_BUILD_SKIP=1` leaves an empty one, so that
 //! every pure test runs on a machine without bpf-linker; the loader then says `ObjectMissing`.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a build script's variables are for the cargo that it starts"
+)]
+
 use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};

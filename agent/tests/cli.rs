@@ -14,7 +14,7 @@ use std::{
     process::{Command, Output},
 };
 
-use remit::control::protocol::{Posture, Reload};
+use remit::control::protocol::{Answer, Posture, Reload};
 use stand_in::{Answers, ELSEWHERE, Served, served, status};
 use tempfile::TempDir;
 
@@ -75,7 +75,18 @@ fn help_lists_every_command() {
     assert_eq!(listed.collect::<Vec<_>>(), COMMANDS);
 }
 
-const COMMANDS: &[&str] = &["status", "agents", "reload", "completions", "man", "help"];
+const COMMANDS: &[&str] = &[
+    "run",
+    "check",
+    "explain",
+    "status",
+    "agents",
+    "tail",
+    "reload",
+    "completions",
+    "man",
+    "help",
+];
 
 #[test]
 fn every_command_says_what_it_does() {
@@ -105,6 +116,12 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["status", "extra"],
         &["completions"],
         &["man", "nonsense"],
+        &["tail", "--since", "yesterday"],
+        &["explain", "alpha"],
+        &["run", "--agent", "alpha"],
+        &["run", "--", "true"],
+        &["explain", "alpha", "api.example.com:443"],
+        &["explain", "alpha", "192.0.2.1:443/sctp"],
     ] {
         let output = remit(&settings, arguments);
         assert_eq!(code(&output), 2, "{arguments:?}");
@@ -123,6 +140,7 @@ fn without_a_daemon_it_could_not_be_told() {
         &["agents"],
         &["agents", "x"],
         &["reload"],
+        &["run", "--agent", "x", "--", "true", "--json"],
     ] {
         let output = remit(&settings, arguments);
         assert_eq!(code(&output), 3, "{arguments:?}");
@@ -296,4 +314,225 @@ fn nobody_reading_is_no_failure() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((code(&output), stderr(&output)), (0, String::new()));
+}
+
+#[test]
+fn tail_reads_the_log_without_a_daemon() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let none = remit(&settings, &["tail"]);
+    assert_eq!((code(&none), stdout(&none)), (0, String::new()));
+
+    let lines = [
+        r#"{"time":1793836800000,"class_uid":4001,"message":"one","ai_agent":{"uid":"a"}}"#,
+        "torn {",
+        r#"{"time":1793836801000,"class_uid":4001,"message":"two","ai_agent":{"uid":"b"}}"#,
+    ];
+    fs::create_dir(folder.path().join("log")).unwrap();
+    fs::write(
+        folder.path().join("log/violations.jsonl"),
+        lines.map(|line| format!("{line}\n")).concat(),
+    )
+    .unwrap();
+    let raw = remit(&settings, &["tail", "--json"]);
+    assert_eq!(code(&raw), 0);
+    assert_eq!(stdout(&raw), format!("{}\n{}\n", lines[0], lines[2]));
+    assert!(stderr(&raw).starts_with("1 line in `"), "{}", stderr(&raw));
+    let one = remit(&settings, &["tail", "--json", "--agent", "b"]);
+    assert_eq!(stdout(&one), format!("{}\n", lines[2]));
+    let late = remit(
+        &settings,
+        &["tail", "--json", "--since", "2026-11-05T00:00:01Z"],
+    );
+    assert_eq!(stdout(&late), format!("{}\n", lines[2]));
+    let readable = remit(&settings, &["tail"]);
+    assert_eq!(stdout(&readable).lines().count(), 2);
+    assert!(!stdout(&readable).contains('\u{1b}'));
+}
+
+const ENTRY: &str = r#"schema = 1
+[agent]
+id = "alpha"
+owner = "alice@example.com"
+[lifecycle]
+state = "active"
+approved_by = "dave@example.com"
+expires = 2999-01-01T00:00:00Z
+[selector]
+cgroup = ["/agents.slice/alpha"]
+[[scope.allow]]
+to = "198.51.100.0/24"
+ports = [443]
+[[scope.deny]]
+to = "198.51.100.64/26"
+"#;
+
+/// A folder with settings and the agent `alpha`.
+fn registry(folder: &Path) -> std::path::PathBuf {
+    let file = settings(folder);
+    fs::create_dir(folder.join("agents.d")).unwrap();
+    fs::write(folder.join("agents.d/alpha.toml"), ENTRY).unwrap();
+    file
+}
+
+#[test]
+fn check_is_0_for_a_good_registry_and_1_for_a_bad_one() {
+    let folder = TempDir::new().unwrap();
+    let settings = registry(folder.path());
+    let good = remit(&settings, &["check"]);
+    assert_eq!(
+        (code(&good), stdout(&good)),
+        (0, String::new()),
+        "{}",
+        stderr(&good)
+    );
+    assert_eq!(
+        stderr(&good),
+        "1 file, 1 agent compiled: 0 errors, 0 warnings\n"
+    );
+
+    let bad = folder.path().join("agents.d/beta.toml");
+    fs::write(&bad, ENTRY.replace("alpha", "beta") + "typo = 1\n").unwrap();
+    fs::create_dir(folder.path().join("agents.d/gamma.toml")).unwrap();
+    let output = remit(&settings, &["check"]);
+    assert_eq!(code(&output), 1);
+    let text = stdout(&output);
+    assert!(
+        text.contains(&format!("{}:16:1: error: ", bad.display())),
+        "{text}"
+    );
+    assert!(
+        text.contains("gamma.toml: error: cannot read: not a regular file"),
+        "{text}"
+    );
+    let json = remit(&settings, &["check", "--json"]);
+    assert_eq!(code(&json), 1);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(value["ok"], false);
+    assert_eq!(value["errors"], 2);
+    assert_eq!(value["findings"][0]["line"], 16);
+
+    let one = folder.path().join("agents.d/alpha.toml");
+    let one = remit(&settings, &["check", one.to_str().unwrap()]);
+    assert_eq!(code(&one), 0, "{}", stdout(&one));
+    let missing = remit(&settings, &["check", "/nonexistent.toml"]);
+    assert_eq!(code(&missing), 1);
+}
+
+#[test]
+fn check_takes_bad_settings_for_an_answer() {
+    let folder = TempDir::new().unwrap();
+    let file = settings(folder.path());
+    fs::write(&file, "[paths]\nregstry = \"/x\"\n").unwrap();
+    let output = remit(&file, &["check"]);
+    assert_eq!(code(&output), 1);
+    assert!(
+        stdout(&output).contains("remit.toml:2:1: error: "),
+        "{}",
+        stdout(&output)
+    );
+}
+
+#[test]
+fn explain_answers_from_the_registry_alone() {
+    let folder = TempDir::new().unwrap();
+    let settings = registry(folder.path());
+    for (destination, expected, reason) in [
+        ("198.51.100.7:443", 0, None),
+        ("[::ffff:198.51.100.7]:443", 0, None),
+        ("198.51.100.7:443/udp", 1, Some("out_of_scope")),
+        ("198.51.100.7:80", 1, Some("out_of_scope")),
+        ("198.51.100.70:443", 1, Some("denied")),
+        ("169.254.169.254:443", 1, Some("floor")),
+        ("198.51.100.7/icmp", 1, Some("out_of_scope")),
+        ("198.51.100.7", 0, None),
+    ] {
+        let output = remit(&settings, &["explain", "alpha", destination]);
+        assert_eq!(
+            code(&output),
+            expected,
+            "{destination}: {}",
+            stdout(&output)
+        );
+        assert!(stderr(&output).contains("answered from the registry alone"));
+        let json = remit(&settings, &["explain", "--json", "alpha", destination]);
+        assert_eq!(code(&json), expected);
+        let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!(
+            value["answers"][0]["registry"]["reason"].as_str(),
+            reason,
+            "{destination}"
+        );
+        assert!(value["agree"].is_null());
+    }
+    let text = stdout(&remit(
+        &settings,
+        &["explain", "alpha", "198.51.100.70:443"],
+    ));
+    assert!(
+        text.starts_with("denied alpha to 198.51.100.70:443/tcp: denied\n"),
+        "{text}"
+    );
+    assert!(text.contains("agents.d/alpha.toml:15)"), "{text}");
+
+    let ghost = remit(&settings, &["explain", "ghost", "198.51.100.7:443"]);
+    assert_eq!(code(&ghost), 1, "{}", stderr(&ghost));
+    fs::write(
+        folder.path().join("agents.d/alpha.toml"),
+        format!("{ENTRY}x = 1"),
+    )
+    .unwrap();
+    let broken = remit(&settings, &["explain", "alpha", "198.51.100.7:443"]);
+    assert_eq!(code(&broken), 3, "{}", stderr(&broken));
+    assert!(
+        stderr(&broken).contains("alpha.toml:16:1: error"),
+        "{}",
+        stderr(&broken)
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn explain_is_loud_when_the_kernel_says_otherwise() {
+    let answers = Answers {
+        explain: |question| match question.port {
+            443 => Answer::Allowed,
+            _ => Answer::Denied,
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    registry(served.folder.path());
+    let same = asked(&served, &["explain", "alpha", "198.51.100.7:443"]);
+    assert_eq!(code(&same), 0, "{}", stderr(&same));
+    assert!(
+        stdout(&same).contains("kernel    allowed"),
+        "{}",
+        stdout(&same)
+    );
+    assert!(!stderr(&same).contains("DISAGREE"));
+
+    // The registry denies what this kernel allows.
+    let differs = asked(&served, &["explain", "alpha", "203.0.113.1:443"]);
+    assert_eq!(code(&differs), 1);
+    assert!(
+        stderr(&differs).contains("DISAGREE"),
+        "{}",
+        stderr(&differs)
+    );
+
+    // Only the daemon knows this one.
+    let kept = asked(&served, &["explain", "other", "203.0.113.1:443"]);
+    assert_eq!(code(&kept), 0);
+    assert!(stderr(&kept).contains("stands alone"), "{}", stderr(&kept));
+}
+
+#[test]
+fn run_says_as_a_shell_would_that_there_is_no_such_command() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for (command, expected) in [("/nonexistent/command", 127), ("/etc/passwd", 126)] {
+        let output = remit(&settings, &["run", "--agent", "alpha", "--", command]);
+        assert_eq!(code(&output), expected, "{}", stderr(&output));
+    }
 }

@@ -98,7 +98,7 @@ fn one(agent: &Agent, output: &Output) -> Result<()> {
 
 /// An id as a path segment: what is not plainly an id's character is escaped, so that no id reads
 /// as another path.
-fn segment(id: &str) -> String {
+pub(super) fn segment(id: &str) -> String {
     let mut segment = String::with_capacity(id.len());
     for byte in id.bytes() {
         match byte {

@@ -226,7 +226,10 @@ mod tests {
             ("192.0.2.7:", E::Port(String::new())),
             ("192.0.2.7:443/sctp", E::Protocol("sctp".into())),
             ("192.0.2.0/24", E::Protocol("24".into())),
-            ("192.0.2.7:1/icmp", E::IcmpPort("192.0.2.7".parse().unwrap())),
+            (
+                "192.0.2.7:1/icmp",
+                E::IcmpPort("192.0.2.7".parse().unwrap()),
+            ),
             ("192.0.2.7/tcp", E::NoPort("tcp", "192.0.2.7".into())),
             ("::1/udp", E::NoPort("udp", "[::1]".into())),
         ] {

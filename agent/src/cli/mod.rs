@@ -2,12 +2,19 @@
 //! help texts. Each command has a file of its own, and only [`output`] prints.
 
 mod agents;
+mod check;
+mod compiled;
+mod daemon;
+mod destination;
+mod explain;
 mod format;
 mod outcome;
 mod output;
 mod reload;
+mod run;
 mod status;
 mod support;
+mod tail;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
@@ -16,7 +23,10 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use outcome::Result;
 use output::Output;
 
-use crate::{control::client::Client, daemon::settings::Settings};
+use crate::{
+    control::client::Client,
+    daemon::settings::{Settings, SettingsError},
+};
 
 /// Makes an AI agent's registry entry what the kernel enforces.
 ///
@@ -49,10 +59,20 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Enforce the registry: load the fence, keep it true, write down what it refuses.
+    Daemon(daemon::Arguments),
+    /// Run a command as an agent, and exit as it does.
+    Run(run::Arguments),
+    /// Compile the registry offline and print the findings.
+    Check(check::Arguments),
+    /// Say whether an agent may reach a destination, by which entry and why.
+    Explain(explain::Arguments),
     /// Say whether this host enforces: each guard and each agent, read back from the kernel.
     Status,
     /// Print the registry as it is in force.
     Agents(agents::Arguments),
+    /// Print violations, one line each.
+    Tail(tail::Arguments),
     /// Compile the registry and swap it in.
     Reload,
     /// Print a completion script for a shell.
@@ -81,9 +101,20 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 impl Global {
     fn run(&self, command: Command) -> Result {
         let output = Output::new(self.json);
+        // What a `remit run` that was killed left behind, once nothing runs in it any more.
+        if let Ok(settings) = self.load_settings() {
+            for name in crate::daemon::standalone::sweep(&settings) {
+                output::talk(format!("swept the fence that run {name} left behind"));
+            }
+        }
         match command {
+            Command::Daemon(arguments) => daemon::run(self, &arguments),
+            Command::Run(arguments) => run::run(self, arguments),
+            Command::Check(arguments) => check::run(self, &arguments, &output),
+            Command::Explain(arguments) => explain::run(self, &arguments, &output),
             Command::Status => status::run(self, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
+            Command::Tail(arguments) => tail::run(self, &arguments, &output),
             Command::Reload => reload::run(self, &output),
             Command::Completions(arguments) => support::completions(&arguments, &output),
             Command::Man(arguments) => support::man(&arguments, &output),
@@ -92,9 +123,13 @@ impl Global {
 
     /// The settings in force for this command.
     fn settings(&self) -> Result<Settings> {
+        Ok(self.load_settings()?)
+    }
+
+    fn load_settings(&self) -> std::result::Result<Settings, SettingsError> {
         // An empty variable is one that is not set.
         let config = self.config.as_deref().filter(|path| !path.is_empty());
-        Ok(Settings::load(config.map(Path::new))?)
+        Settings::load(config.map(Path::new))
     }
 
     /// A client for the daemon that the settings name.

@@ -34,8 +34,6 @@ pub enum Tone {
     Bad,
     /// What matters.
     Strong,
-    /// What matters less.
-    Faint,
 }
 
 /// Columns with a heading each, for people.
@@ -147,6 +145,15 @@ pub fn talk(text: impl Display) {
     let _gone = writeln!(io::stderr(), "{text}").is_err();
 }
 
+/// Says on stderr what must not be missed.
+pub fn warning(text: impl Display) {
+    let colour = colour(&io::stderr());
+    talk(format_args!(
+        "{} {text}",
+        paint(colour, Tone::Bad, "warning:")
+    ));
+}
+
 /// Says on stderr why a command came to nothing.
 pub fn failure(failure: &Failure) {
     let colour = colour(&io::stderr());
@@ -202,7 +209,6 @@ fn paint(colour: bool, tone: Tone, text: &str) -> String {
         Tone::Doubtful => "33",
         Tone::Bad => "1;31",
         Tone::Strong => "1",
-        Tone::Faint => "2",
     };
     format!("\x1b[{code}m{text}\x1b[0m")
 }

@@ -116,6 +116,11 @@ fn place(socket: BorrowedFd<'_>, pid: i32) -> Option<(i32, String)> {
         Err(nix::errno::Errno::ENOPROTOOPT) => Peer::Numbered(open_pidfd(pid).ok()?),
         Err(_) => return None,
     };
+    confirm(&peer, socket)
+}
+
+/// Number and cgroup of the process, if both are certainly those of the peer.
+fn confirm(peer: &Peer, socket: BorrowedFd<'_>) -> Option<(i32, String)> {
     let pidfd = peer.pidfd();
     let pid = pid_of(pidfd)?;
     let cgroup = read_cgroup(pid)?;
@@ -281,6 +286,33 @@ mod tests {
         assert_eq!(parse_fdinfo("Pid:\t-1\nNSpid:\t-1\n"), None);
         assert_eq!(parse_fdinfo("Pid:\t0\n"), None);
         assert_eq!(parse_fdinfo("pos:\t0\n"), None);
+    }
+
+    #[test]
+    fn a_number_alone_is_believed_only_of_the_holder() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let numbered = Peer::Numbered(open_pidfd(own).unwrap());
+        let found = confirm(&numbered, ours.as_fd());
+        assert_eq!(found.map(|(pid, _)| pid), Some(own));
+
+        // Another process got the number meanwhile.
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        let numbered = Peer::Numbered(open_pidfd(pid).unwrap());
+        let held = Peer::Held(open_pidfd(pid).unwrap());
+        let (by_number, by_kernel) = (
+            confirm(&numbered, ours.as_fd()),
+            confirm(&held, ours.as_fd()),
+        );
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(by_number, None);
+        assert_eq!(by_kernel.map(|(pid, _)| pid), Some(pid));
+        assert_eq!(confirm(&held, ours.as_fd()), None, "it is gone");
     }
 
     #[test]

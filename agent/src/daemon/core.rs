@@ -1,10 +1,6 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use tracing::{error, info, warn};
 
@@ -56,8 +52,12 @@ fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
     let agents = limits.agents.unwrap_or(sized.agents);
     Capacity {
         agents,
-        rows: limits.agents.map_or(sized.rows, |agents| agents.saturating_mul(4)),
-        claims: limits.agents.map_or(sized.claims, |agents| agents.saturating_mul(4)),
+        rows: limits
+            .agents
+            .map_or(sized.rows, |agents| agents.saturating_mul(4)),
+        claims: limits
+            .agents
+            .map_or(sized.claims, |agents| agents.saturating_mul(4)),
         addresses: limits.addresses.unwrap_or(sized.addresses),
         prefixes: limits.prefixes.unwrap_or(sized.prefixes),
         rule_sets: limits.rule_sets.unwrap_or(sized.rule_sets),
@@ -65,7 +65,10 @@ fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
 }
 
 pub(super) fn allowance(settings: &Settings) -> Allowance {
-    Allowance { lines: settings.log.per_agent_rate, bytes: settings.log.per_agent_daily }
+    Allowance {
+        lines: settings.log.per_agent_rate,
+        bytes: settings.log.per_agent_daily,
+    }
 }
 
 impl Core {
@@ -98,8 +101,7 @@ impl Core {
         let adopted = enforcer.born_before_us();
         let mut roots = Vec::new();
         for root in &enforcement.roots {
-            let path =
-                CgroupPath::new(root).map_err(|why| DaemonError::Root(root.clone(), why))?;
+            let path = CgroupPath::new(root).map_err(|why| DaemonError::Root(root.clone(), why))?;
             hierarchy.create(&path)?;
             roots.push(path);
         }
@@ -113,8 +115,12 @@ impl Core {
         let log = Log::open(&settings.paths.log, LogName::Violations, limits)?;
         let audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
         let violations = log.path().to_owned();
-        let mut recorder =
-            Recorder::new(Sink::Log(Box::new(log)), allowance(settings), hierarchy.clone(), offset);
+        let mut recorder = Recorder::new(
+            Sink::Log(Box::new(log)),
+            allowance(settings),
+            hierarchy.clone(),
+            offset,
+        );
         recorder.learn(&enforcer, force.revision, all(&force));
         if adopted {
             resume(&mut recorder, &enforcer, &violations);
@@ -155,6 +161,14 @@ impl Core {
         &self.roots
     }
 
+    /// The roots as `/proc/PID/cgroup` writes them.
+    pub fn roots_in_proc(&self) -> Vec<String> {
+        self.roots
+            .iter()
+            .map(|root| String::from_utf8_lossy(&self.hierarchy.proc_path(root)).into_owned())
+            .collect()
+    }
+
     /// The selectors in force.
     pub fn selectors(&self) -> Arc<Selectors> {
         Arc::clone(&self.selectors)
@@ -169,7 +183,12 @@ impl Core {
     pub fn started(&mut self) {
         let roots = self.roots.iter().map(ToString::to_string).collect();
         let (revision, adopted) = (self.force.revision, self.adopted);
-        self.decide(Decision::Started { pid: std::process::id(), roots, revision, adopted });
+        self.decide(Decision::Started {
+            pid: std::process::id(),
+            roots,
+            revision,
+            adopted,
+        });
         self.decide_loaded();
     }
 
@@ -183,15 +202,27 @@ impl Core {
             reason: reason.to_owned(),
             revision,
         });
-        info!(message = "Stopped; what is in force stays in force.", reason);
+        info!(
+            message = "Stopped; what is in force stays in force.",
+            reason
+        );
     }
 
     pub(super) fn decide(&mut self, what: Decision) {
-        let decided = Decided { time: wall_millis(), what };
+        let decided = Decided {
+            time: wall_millis(),
+            what,
+        };
         let host = self.recorder.host().clone();
-        if let Err(error) = self.audit.append(|sequence| decided.to_ocsf(&host, sequence)) {
+        if let Err(error) = self
+            .audit
+            .append(|sequence| decided.to_ocsf(&host, sequence))
+        {
             error!(message = "The audit log could not be written.", %error);
-            self.problems.insert("audit", format!("the audit log could not be written: {error}"));
+            self.problems.insert(
+                "audit",
+                format!("the audit log could not be written: {error}"),
+            );
         } else {
             self.problems.remove("audit");
         }
@@ -202,11 +233,19 @@ impl Core {
         if self.force.bad.is_empty() && self.force.errors == 0 {
             let agents = self.force.agents.len();
             let warnings = self.force.findings.clone();
-            self.decide(Decision::Loaded { revision, agents, warnings });
+            self.decide(Decision::Loaded {
+                revision,
+                agents,
+                warnings,
+            });
         } else {
             let agents = self.force.bad.clone();
             let errors = self.force.findings.clone();
-            self.decide(Decision::Refused { revision, agents, errors });
+            self.decide(Decision::Refused {
+                revision,
+                agents,
+                errors,
+            });
         }
     }
 
@@ -227,7 +266,9 @@ impl Core {
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
         self.enforcer.sweep();
-        let Some(stepped) = self.offset.stepped() else { return false };
+        let Some(stepped) = self.offset.stepped() else {
+            return false;
+        };
         info!(message = "The wall clock stepped; deadlines are computed anew.");
         self.offset = stepped;
         self.recorder.set_offset(stepped);
@@ -235,11 +276,13 @@ impl Core {
         match self.enforcer.apply(images) {
             Ok(_) => {
                 self.problems.remove("clock");
-                self.recorder.learn(&self.enforcer, self.force.revision, all(&self.force));
+                self.recorder
+                    .learn(&self.enforcer, self.force.revision, all(&self.force));
             }
             Err(error) => {
                 error!(message = "Deadlines could not be computed anew.", %error);
-                self.problems.insert("clock", format!("deadlines are of the old clock: {error}"));
+                self.problems
+                    .insert("clock", format!("deadlines are of the old clock: {error}"));
             }
         }
         true
@@ -269,7 +312,8 @@ impl Core {
             }
             Err(why) => {
                 error!(message = "The registry was not changed.", why);
-                self.problems.insert("reload", format!("the last reload failed: {why}"));
+                self.problems
+                    .insert("reload", format!("the last reload failed: {why}"));
                 let revision = self.force.revision;
                 self.decide(Decision::Refused {
                     revision,
@@ -296,15 +340,19 @@ impl Core {
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
         let images = next.images(&self.offset.clock());
-        let changed =
-            self.enforcer.apply(images).map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        let selectors =
-            selectors(&next, &self.enforcer).map_err(|error| error.to_string())?;
+        let changed = self
+            .enforcer
+            .apply(images)
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        let selectors = selectors(&next, &self.enforcer).map_err(|error| error.to_string())?;
         self.force = next;
         self.selectors = Arc::new(selectors);
-        self.recorder.learn(&self.enforcer, self.force.revision, all(&self.force));
-        self.attribute().map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.self_test(Some(&changed)).map_err(|why| format!("self-test: {why}"))?;
+        self.recorder
+            .learn(&self.enforcer, self.force.revision, all(&self.force));
+        self.attribute()
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        self.self_test(Some(&changed))
+            .map_err(|why| format!("self-test: {why}"))?;
         self.decide_loaded();
         Ok(changed)
     }
@@ -353,7 +401,10 @@ impl Core {
             if let Some(dispute) = survey.disputes.first() {
                 self.problems.insert(
                     "disputes",
-                    format!("cgroup `{}` is claimed by several agents, so by none", dispute.path),
+                    format!(
+                        "cgroup `{}` is claimed by several agents, so by none",
+                        dispute.path
+                    ),
                 );
             }
         }
@@ -372,14 +423,24 @@ impl Core {
         let mut again = false;
         for change in changes {
             match change {
-                Change::Created { path, id, claimant: Claimant::Agent(agent) } => {
+                Change::Created {
+                    path,
+                    id,
+                    claimant: Claimant::Agent(agent),
+                } => {
                     self.claims.insert(path.clone(), (*id, *agent));
                 }
-                Change::Created { claimant: Claimant::Several(_), .. }
+                Change::Created {
+                    claimant: Claimant::Several(_),
+                    ..
+                }
                 | Change::RootDeleted(_)
                 | Change::RootCreated { .. }
                 | Change::Unwatched(_) => again = true,
-                Change::Created { claimant: Claimant::Nobody, .. } => {}
+                Change::Created {
+                    claimant: Claimant::Nobody,
+                    ..
+                } => {}
                 Change::Deleted { path, id } => {
                     if self.claims.get(path).is_some_and(|(known, _)| known == id) {
                         self.claims.remove(path);
@@ -418,12 +479,16 @@ impl Core {
                 });
             match raised {
                 Ok(()) => {
-                    warn!(message = "A root was gone; it is fenced again.", root = name);
+                    warn!(
+                        message = "A root was gone; it is fenced again.",
+                        root = name
+                    );
                     self.problems.remove("roots");
                 }
                 Err(why) => {
                     error!(message = "A root is not fenced.", root = name, why);
-                    self.problems.insert("roots", format!("root `{name}` is not fenced: {why}"));
+                    self.problems
+                        .insert("roots", format!("root `{name}` is not fenced: {why}"));
                 }
             }
         }
@@ -444,7 +509,11 @@ fn all(force: &Force) -> impl Iterator<Item = &Arc<policy::AgentTables>> {
 fn selectors(force: &Force, enforcer: &Enforcer) -> Result<Selectors, DaemonError> {
     let pairs = force.agents.values().flat_map(|agent| {
         let index = enforcer.index_of(&agent.tables.id);
-        agent.tables.selectors.iter().filter_map(move |glob| index.map(|at| (at, glob.as_str())))
+        agent
+            .tables
+            .selectors
+            .iter()
+            .filter_map(move |glob| index.map(|at| (at, glob.as_str())))
     });
     Ok(Selectors::new(pairs)?)
 }
@@ -454,11 +523,24 @@ fn resume(recorder: &mut Recorder, enforcer: &Enforcer, violations: &std::path::
     let Some(born) = enforcer.born() else { return };
     match written_since(violations, born) {
         Ok(sums) => {
-            let written = sums.into_iter().filter_map(|((id, verdict, reason), count)| {
-                let id = if id == "unregistered" { policy::UNREGISTERED_ID } else { &id };
-                let agent = enforcer.index_of(id)?;
-                Some((Key { agent, verdict, reason }, count))
-            });
+            let written = sums
+                .into_iter()
+                .filter_map(|((id, verdict, reason), count)| {
+                    let id = if id == "unregistered" {
+                        policy::UNREGISTERED_ID
+                    } else {
+                        &id
+                    };
+                    let agent = enforcer.index_of(id)?;
+                    Some((
+                        Key {
+                            agent,
+                            verdict,
+                            reason,
+                        },
+                        count,
+                    ))
+                });
             let folds: Vec<_> = enforcer
                 .folds()
                 .into_iter()
@@ -480,9 +562,11 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
         retention: settings.log.retention,
     };
     let mut audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
-    let removed = kernel::detach_pinned(&settings.paths.bpffs).map_err(|source| {
-        DaemonError::System { what: "remove the pins that hold the fence", source }
-    })?;
+    let removed =
+        kernel::detach_pinned(&settings.paths.bpffs).map_err(|source| DaemonError::System {
+            what: "remove the pins that hold the fence",
+            source,
+        })?;
     let host = crate::audit::Host::read();
     let decided = Decided {
         time: wall_millis(),
@@ -502,8 +586,16 @@ pub(super) fn open_alone(
     images: &[kernel::Image],
     events_per_second: u32,
 ) -> Result<Enforcer, DaemonError> {
-    let tuning = Tuning { kernel_log: 0, events_per_second };
-    Ok(Enforcer::open(EMBEDDED, bpffs, Capacity::for_images(images), &tuning)?)
+    let tuning = Tuning {
+        kernel_log: 0,
+        events_per_second,
+    };
+    Ok(Enforcer::open(
+        EMBEDDED,
+        bpffs,
+        Capacity::for_images(images),
+        &tuning,
+    )?)
 }
 
 /// Boot time for the self-test and the answers, so that callers need not know the kernel module.

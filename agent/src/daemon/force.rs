@@ -67,7 +67,11 @@ pub fn merge(
     on_bad: OnBadRegistry,
     unregistered: Unregistered,
 ) -> Result<Force, Unusable> {
-    if let Some(unread) = registry.unread.iter().find(|unread| unread.kind == SourceKind::Floor) {
+    if let Some(unread) = registry
+        .unread
+        .iter()
+        .find(|unread| unread.kind == SourceKind::Floor)
+    {
         return Err(Unusable::Floor(unread.to_string()));
     }
     let floors: Vec<&PathBuf> = registry
@@ -93,7 +97,14 @@ pub fn merge(
             Some(_) | None => revision,
         };
         let id = tables.id.clone();
-        agents.insert(id, InForce { tables: Arc::new(tables), revision: since, kept: None });
+        agents.insert(
+            id,
+            InForce {
+                tables: Arc::new(tables),
+                revision: since,
+                kept: None,
+            },
+        );
     }
     let mut bad = Vec::new();
     for (id, why) in unusable(registry, &compiled.findings, before) {
@@ -112,8 +123,17 @@ pub fn merge(
         Unregistered::Monitor => Mode::Monitor,
     };
     let mut findings: Vec<String> = compiled.findings.iter().map(ToString::to_string).collect();
-    findings.extend(registry.unread.iter().map(|unread| format!("error: {unread}")));
-    let errors = compiled.findings.iter().filter(|finding| finding.is_error()).count();
+    findings.extend(
+        registry
+            .unread
+            .iter()
+            .map(|unread| format!("error: {unread}")),
+    );
+    let errors = compiled
+        .findings
+        .iter()
+        .filter(|finding| finding.is_error())
+        .count();
     Ok(Force {
         revision,
         agents,
@@ -145,7 +165,11 @@ fn unusable(
             bad.entry(id.clone()).or_insert_with(|| why.clone());
         }
     }
-    for unread in registry.unread.iter().filter(|unread| unread.kind == SourceKind::Agent) {
+    for unread in registry
+        .unread
+        .iter()
+        .filter(|unread| unread.kind == SourceKind::Agent)
+    {
         if unread.folder {
             let known = before.into_iter().flat_map(|before| before.agents.keys());
             for id in known {
@@ -159,13 +183,17 @@ fn unusable(
 }
 
 fn stem(unread: &Unread) -> Option<String> {
-    Path::new(&unread.path).file_stem().map(|stem| stem.to_string_lossy().into_owned())
+    Path::new(&unread.path)
+        .file_stem()
+        .map(|stem| stem.to_string_lossy().into_owned())
 }
 
 fn keep(known: &InForce, why: String, on_bad: OnBadRegistry, revision: u64) -> InForce {
     match on_bad {
         OnBadRegistry::Keep => InForce {
-            kept: Some(format!("its file cannot be used, so the last good entry holds: {why}")),
+            kept: Some(format!(
+                "its file cannot be used, so the last good entry holds: {why}"
+            )),
             ..known.clone()
         },
         OnBadRegistry::Deny => {
@@ -189,20 +217,15 @@ impl Force {
             .map(|tables| image(tables, clock))
             .collect()
     }
-
-    /// The entry of an agent or of the pseudo-agent.
-    pub fn tables(&self, id: &str) -> Option<&Arc<AgentTables>> {
-        if id == self.unregistered.id {
-            return Some(&self.unregistered);
-        }
-        self.agents.get(id).map(|agent| &agent.tables)
-    }
 }
 
 /// One agent in the kernel's terms.
 pub fn image(tables: &AgentTables, clock: &Clock) -> Image {
     let place = |placed: &Placed| -> (Prefix, Vec<agent_ebpf::abi::Rule>) {
-        (placed.prefix, placed.rules.iter().map(|rule| clock.rule(rule)).collect())
+        (
+            placed.prefix,
+            placed.rules.iter().map(|rule| clock.rule(rule)).collect(),
+        )
     };
     Image {
         id: tables.id.clone(),

@@ -35,7 +35,10 @@ impl Lock {
     /// Takes the lock in the run directory.
     pub fn take(run: &Path) -> Result<Self, LockError> {
         let path = run.join("remit.lock");
-        let failed = |source| LockError::Io { path: path.clone(), source };
+        let failed = |source| LockError::Io {
+            path: path.clone(),
+            source,
+        };
         fs::create_dir_all(run).map_err(failed)?;
         let file = OpenOptions::new()
             .create(true)

@@ -53,7 +53,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { object: kernel::EMBEDDED.into(), kernel_log: 0 }
+        Self {
+            object: kernel::EMBEDDED.into(),
+            kernel_log: 0,
+        }
     }
 }
 
@@ -116,7 +119,10 @@ pub fn run(settings: Settings, options: Options) -> Result<(), DaemonError> {
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|source| DaemonError::System { what: "start the runtime", source })?;
+        .map_err(|source| DaemonError::System {
+            what: "start the runtime",
+            source,
+        })?;
     runtime.block_on(serve(settings, options))
 }
 
@@ -142,7 +148,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     }
     let listener = control::server::Listener::bind(&settings.socket(), READERS)?;
     let (calls, mut requests) = mpsc::channel(64);
-    let roots = settings.enforcement.roots.clone();
+    let roots = core.roots_in_proc();
     let server = tokio::spawn(control::server::serve(listener, roots, calls));
 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?;
@@ -150,8 +156,11 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     let mut hang_up = signal(SignalKind::hangup()).map_err(system("catch SIGHUP"))?;
     let mut reopen = signal(SignalKind::user_defined1()).map_err(system("catch SIGUSR1"))?;
 
-    let mut watcher =
-        Watcher::new(core.hierarchy().clone(), core.roots().to_vec(), core.selectors())?;
+    let mut watcher = Watcher::new(
+        core.hierarchy().clone(),
+        core.roots().to_vec(),
+        core.selectors(),
+    )?;
     let mut files = watch_files(&settings).map_err(system("watch the registry"))?;
     let mut due: Option<Instant> = None;
     let mut drain = interval(DRAIN_EVERY);
@@ -197,7 +206,8 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
             }
             _ = reconcile.tick() => core.survey(),
             _ = hang_up.recv() => {
-                core.reload();
+                // What came of it is in the log and in `status`.
+                drop(core.reload());
                 selectors = Some(core.selectors());
             }
             _ = reopen.recv() => core.reopen_logs(),
@@ -215,7 +225,8 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
             }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 due = None;
-                core.reload();
+                // What came of it is in the log and in `status`.
+                drop(core.reload());
                 selectors = Some(core.selectors());
             }
         }
@@ -258,5 +269,5 @@ fn watch_files(settings: &Settings) -> io::Result<AsyncFd<Inotify>> {
     {
         inotify.watches().add(folder, mask)?;
     }
-    AsyncFd::new(inotify)
+    AsyncFd::register(inotify)
 }

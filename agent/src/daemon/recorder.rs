@@ -105,14 +105,21 @@ impl Recorder {
         self.revision = revision;
         self.present.clear();
         for tables in tables {
-            let Some(index) = enforcer.index_of(&tables.id) else { continue };
-            let Some(policy) = enforcer.policy_of(index) else { continue };
+            let Some(index) = enforcer.index_of(&tables.id) else {
+                continue;
+            };
+            let Some(policy) = enforcer.policy_of(index) else {
+                continue;
+            };
             let subject = if index == UNREGISTERED {
                 Subject::unregistered(tables.hash.clone())
             } else {
                 Subject::from(tables.as_ref())
             };
-            let known = Known { subject, entries: Arc::clone(tables) };
+            let known = Known {
+                subject,
+                entries: Arc::clone(tables),
+            };
             if self.policies.insert(policy, known.clone()).is_none() {
                 self.order.push_back(policy);
             }
@@ -183,7 +190,11 @@ impl Recorder {
         self.paths
             .entry(cgroup)
             .or_insert_with(|| {
-                hierarchy.path_of(cgroup).ok().flatten().map(|path| path.to_string())
+                hierarchy
+                    .path_of(cgroup)
+                    .ok()
+                    .flatten()
+                    .map(|path| path.to_string())
             })
             .clone()
     }
@@ -198,7 +209,11 @@ impl Recorder {
         count: u64,
     ) -> Context {
         let entry: Option<&Entry> = (entry != NO_ENTRY)
-            .then(|| usize::try_from(entry).ok().and_then(|at| known.entries.entries.get(at)))
+            .then(|| {
+                usize::try_from(entry)
+                    .ok()
+                    .and_then(|at| known.entries.entries.get(at))
+            })
             .flatten();
         Context {
             time: self.offset.wall(time),
@@ -215,8 +230,14 @@ impl Recorder {
     fn write_event(&mut self, now: u64, event: &Event, count: u64) {
         let known = self.known(event.agent, event.policy);
         let process = ProcessInfo::from_event(event);
-        let context =
-            self.context(&known, process, event.cgroup, event.entry, event.time, count);
+        let context = self.context(
+            &known,
+            process,
+            event.cgroup,
+            event.entry,
+            event.time,
+            count,
+        );
         if let Some(violation) = Violation::from_event(event, context) {
             self.write(now, event.agent, &violation, count);
         }
@@ -232,17 +253,30 @@ impl Recorder {
     }
 
     fn write(&mut self, now: u64, agent: u32, violation: &Violation, count: u64) {
-        let key = Key { agent, verdict: violation.verdict, reason: violation.reason };
+        let key = Key {
+            agent,
+            verdict: violation.verdict,
+            reason: violation.reason,
+        };
         let host = self.host.clone();
-        let line = self.append(now, key, count, |sequence| violation.to_ocsf(&host, sequence));
+        let line = self.append(now, key, count, |sequence| {
+            violation.to_ocsf(&host, sequence)
+        });
         let Some(text) = line else { return };
         let id = violation.agent.id.clone();
-        self.last
-            .insert(id.clone(), LastViolation { time_ms: violation.time, text: text.clone() });
-        let destination = violation.dst.map_or_else(String::new, |dst| match dst.port {
-            Some(port) => std::net::SocketAddr::new(dst.ip, port).to_string(),
-            None => dst.ip.to_string(),
-        });
+        self.last.insert(
+            id.clone(),
+            LastViolation {
+                time_ms: violation.time,
+                text: text.clone(),
+            },
+        );
+        let destination = violation
+            .dst
+            .map_or_else(String::new, |dst| match dst.port {
+                Some(port) => std::net::SocketAddr::new(dst.ip, port).to_string(),
+                None => dst.ip.to_string(),
+            });
         let denials = self.denials.entry(id).or_default();
         denials.push_front(Denial {
             time_ms: violation.time,
@@ -266,7 +300,9 @@ impl Recorder {
         };
         let host = self.host.clone();
         let count = owed.lost.sum();
-        self.append(now, owed.key, count, |sequence| dropped.to_ocsf(&host, sequence));
+        self.append(now, owed.key, count, |sequence| {
+            dropped.to_ocsf(&host, sequence)
+        });
     }
 
     /// Appends a line; returns its text for people, or none where it could not be written, which
@@ -307,6 +343,20 @@ impl Recorder {
         }
     }
 
+    /// Whether some attempt that the kernel counted has no line yet.
+    pub fn owes(&self, enforcer: &Enforcer) -> bool {
+        let written: u64 = self.ledger.written().map(|(_, count)| count).sum();
+        let counted: u64 = enforcer
+            .indices()
+            .into_iter()
+            .filter_map(|(_, index)| enforcer.counters(index))
+            .map(|counters| {
+                counters.denied.iter().sum::<u64>() + counters.monitored.iter().sum::<u64>()
+            })
+            .sum();
+        written < counted
+    }
+
     /// The newest violation of an agent.
     pub fn last(&self, id: &str) -> Option<&LastViolation> {
         self.last.get(id)
@@ -314,7 +364,10 @@ impl Recorder {
 
     /// The last denials of an agent, newest first.
     pub fn denials(&self, id: &str) -> Vec<Denial> {
-        self.denials.get(id).map(|denials| denials.iter().cloned().collect()).unwrap_or_default()
+        self.denials
+            .get(id)
+            .map(|denials| denials.iter().cloned().collect())
+            .unwrap_or_default()
     }
 
     /// Opens the log anew, after something rotated it.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::settings::Paths;
-use crate::policy::source::{Source, SourceKind};
+use crate::policy::{Source, SourceKind};
 
 /// The longest file, in bytes. Set files of a hundred thousand prefixes are about half of it.
 pub const MAX_FILE: u64 = 4 << 20;
@@ -54,26 +54,33 @@ pub fn read(paths: &Paths) -> Registry {
     registry
 }
 
-/// Reads these agents' files, or all of these folders, and what belongs to them: the sets and
-/// floor that the settings name, then those beside the given (`../sets/`, and `../floor.toml` where
-/// the settings' floor is not there). So a checkout can be tried on any machine.
+/// Reads these files, or what these folders hold, and what belongs to it: the sets and floor that
+/// the settings name, then those beside the given (`../sets/`, and `../floor.toml` where the
+/// settings' floor is not there). So a checkout can be tried on any machine.
+///
+/// A folder with a folder `agents` or `agents.d` in it stands for that. What is given is agents'
+/// files, unless its place says otherwise: `floor.toml`, and what is in a folder of sets.
 pub fn read_given(given: &[PathBuf], paths: &Paths) -> Registry {
     let mut registry = Registry::default();
     let mut neighbours: Vec<PathBuf> = Vec::new();
     for path in given {
+        let inner = ["agents", "agents.d"].map(|name| path.join(name));
+        let path = inner.iter().find(|inner| inner.is_dir()).unwrap_or(path);
+        let kind = kind_of(path, paths);
         let folder = if path.is_dir() {
-            registry.folder(path, SourceKind::Agent, true);
+            registry.folder(path, kind, true);
             path.as_path()
         } else {
-            registry.file(path, SourceKind::Agent);
+            registry.file(path, kind);
             match path.parent() {
                 Some(parent) if !parent.as_os_str().is_empty() => parent,
                 _ => Path::new("."),
             }
         };
-        // By name where there is one, so that messages say `policies/sets/x.toml`; `..` otherwise.
-        let above = match (folder.file_name(), folder.parent()) {
-            (Some(_), Some(parent)) => parent.to_owned(),
+        // By name where there is one, so that messages say `policies/sets/x.toml`.
+        let above = match (kind, folder.file_name(), folder.parent()) {
+            (SourceKind::Floor, _, _) => folder.to_owned(),
+            (_, Some(_), Some(parent)) => parent.to_owned(),
             _ => folder.join(".."),
         };
         if !neighbours.contains(&above) {
@@ -86,6 +93,9 @@ pub fn read_given(given: &[PathBuf], paths: &Paths) -> Registry {
     for above in &neighbours {
         registry.folder(&above.join("sets"), SourceKind::Set, false);
     }
+    if registry.has(SourceKind::Floor) {
+        return registry;
+    }
     let beside = neighbours.iter().map(|above| above.join("floor.toml"));
     let moved = paths.floor != Paths::default().floor;
     match beside.into_iter().find(|floor| floor.exists()) {
@@ -93,6 +103,27 @@ pub fn read_given(given: &[PathBuf], paths: &Paths) -> Registry {
         _ => registry.floor(&paths.floor, moved),
     }
     registry
+}
+
+/// What a file or folder that somebody named is, by its place.
+fn kind_of(path: &Path, paths: &Paths) -> SourceKind {
+    if path == paths.floor || path.file_name().is_some_and(|name| name == "floor.toml") {
+        return SourceKind::Floor;
+    }
+    let of_sets = |folder: &Path| {
+        let named = folder.file_name();
+        paths.sets.iter().any(|sets| sets == folder)
+            || named.is_some_and(|name| name == "sets" || name == "sets.d")
+    };
+    let folder = if path.is_dir() {
+        Some(path)
+    } else {
+        path.parent()
+    };
+    match folder {
+        Some(folder) if of_sets(folder) => SourceKind::Set,
+        _ => SourceKind::Agent,
+    }
 }
 
 // === impl Registry ===
@@ -124,7 +155,17 @@ impl Registry {
         }
     }
 
+    fn has(&self, kind: SourceKind) -> bool {
+        self.sources.iter().any(|source| source.kind == kind)
+            || self.unread.iter().any(|unread| unread.kind == kind)
+    }
+
+    /// A file that was named twice is read once.
     fn file(&mut self, path: &Path, kind: SourceKind) {
+        let known = self.sources.iter().any(|source| source.path == path);
+        if known || self.unread.iter().any(|unread| unread.path == path) {
+            return;
+        }
         match read_text(path) {
             Ok(text) => self.sources.push(Source {
                 path: path.to_owned(),
@@ -328,9 +369,38 @@ mod tests {
             assert_eq!(texts, ["a", "host", "beside", "floor"]);
         }
 
-        let all = read_given(&[at("policies/agents")], &paths);
-        assert_eq!(names(&all)[..2].len(), 2);
+        for whole in ["policies/agents", "policies"] {
+            let all = read_given(&[at(whole)], &paths);
+            let agents = all
+                .sources
+                .iter()
+                .filter(|source| source.kind == SourceKind::Agent);
+            let agents: Vec<_> = agents.map(Source::stem).collect();
+            assert_eq!(agents, ["coder", "other"], "{whole}");
+        }
         let missing = read_given(&[at("nothing.toml")], &paths);
         assert_eq!(missing.unread.len(), 1);
+    }
+
+    #[test]
+    fn sets_and_floors_are_known_by_their_place() {
+        let folder = TempDir::new().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        write(&at("policies/sets/github.toml"), "set");
+        write(&at("policies/floor.toml"), "floor");
+        let paths = Paths {
+            sets: Vec::new(),
+            ..Paths::default()
+        };
+        let given = [at("policies/sets/github.toml"), at("policies/floor.toml")];
+        let read = read_given(&given, &paths);
+        assert_eq!(read.unread, []);
+        assert_eq!(
+            names(&read),
+            [
+                ("github".to_owned(), SourceKind::Set),
+                ("floor".to_owned(), SourceKind::Floor),
+            ]
+        );
     }
 }

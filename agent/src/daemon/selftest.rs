@@ -17,18 +17,16 @@ const PLACES: usize = 8;
 const PROTOCOLS: [u8; 4] = [6, 17, 1, 132];
 
 /// Asks about an agent. The error says what differed.
-pub fn ask(
-    enforcer: &mut Enforcer,
-    tables: &AgentTables,
-    clock: &Clock,
-) -> Result<usize, String> {
+pub fn ask(enforcer: &mut Enforcer, tables: &AgentTables, clock: &Clock) -> Result<usize, String> {
     let Some(agent) = enforcer.index_of(&tables.id) else {
         return Err(format!("agent `{}` has no index in the kernel", tables.id));
     };
     let memory = MemoryRules::new(tables, clock, Peer::Foreign);
     let mut asked = 0;
     for question in questions(tables, agent) {
-        let said = enforcer.judge(question).map_err(|error: OpenError| error.to_string())?;
+        let said = enforcer
+            .judge(question)
+            .map_err(|error: OpenError| error.to_string())?;
         let expected = decide(&memory, memory.row(), &attempt(&question));
         if flat(expected) != (said.verdict, said.reason) || !same_entry(expected, &said) {
             return Err(format!(
@@ -50,14 +48,26 @@ fn questions(tables: &AgentTables, agent: u32) -> Vec<Question> {
     // One moment for all, or a deadline could pass between the two answers.
     let now = boot_nanos();
     let somewhere = Placed {
-        prefix: crate::policy::Prefix { addr: Addr::v4([192, 0, 2, 1]), len: 128 },
+        prefix: crate::policy::Prefix {
+            addr: Addr::v4([192, 0, 2, 1]),
+            len: 128,
+        },
         rules: Vec::new(),
     };
     let every = tables.scope.reach.len().div_ceil(PLACES).max(1);
-    let places = tables.scope.reach.iter().step_by(every).chain(std::iter::once(&somewhere));
+    let places = tables
+        .scope
+        .reach
+        .iter()
+        .step_by(every)
+        .chain(std::iter::once(&somewhere));
     let mut questions = Vec::new();
     for placed in places {
-        let edges = placed.rules.iter().take(4).flat_map(|rule| [rule.low, rule.high]);
+        let edges = placed
+            .rules
+            .iter()
+            .take(4)
+            .flat_map(|rule| [rule.low, rule.high]);
         for port in edges.chain([1]) {
             for protocol in PROTOCOLS {
                 questions.push(Question {

@@ -30,7 +30,9 @@ pub struct Offset {
 impl Offset {
     /// The offset now.
     pub fn read() -> Self {
-        Self { origin: wall_millis() - millis(boot_nanos()) }
+        Self {
+            origin: wall_millis() - millis(boot_nanos()),
+        }
     }
 
     /// The offset now, if the wall clock has stepped since this one was read.
@@ -41,7 +43,10 @@ impl Offset {
 
     /// Both clocks at a moment that is the same for equal offsets: boot time zero.
     pub fn clock(&self) -> Clock {
-        Clock { boot_now_ns: 0, wall_now_ms: self.origin }
+        Clock {
+            boot_now_ns: 0,
+            wall_now_ms: self.origin,
+        }
     }
 
     /// A boot time in nanoseconds on the wall clock.
@@ -71,7 +76,9 @@ mod tests {
     fn a_step_is_noticed_and_noise_is_not() {
         let now = Offset::read();
         assert_eq!(now.stepped(), None);
-        let before = Offset { origin: now.origin - 86_400_000 };
+        let before = Offset {
+            origin: now.origin - 86_400_000,
+        };
         assert!(before.stepped().is_some());
     }
 }

@@ -103,7 +103,14 @@ pub struct Enforcer {
 }
 
 /// Magic number of bpffs in `statfs(2)`.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+
+/// The C libraries disagree about the type of a file system's number.
+fn is_bpf_magic<N: TryInto<u64>>(number: N) -> bool {
+    number
+        .try_into()
+        .is_ok_and(|number: u64| number == BPF_FS_MAGIC)
+}
 
 /// Sees to it that `directory` exists and lies on a BPF file system; mounts one there otherwise,
 /// for hosts that have none.
@@ -113,7 +120,7 @@ pub fn prepare_bpffs(directory: &Path) -> Result<(), OpenError> {
         source,
     };
     let is_bpffs = |path: &Path| {
-        nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
+        nix::sys::statfs::statfs(path).is_ok_and(|fs| is_bpf_magic(fs.filesystem_type().0))
     };
     // A bpffs makes directories but no mount points of its own: look at the nearest that exists.
     let existing = directory
@@ -237,7 +244,10 @@ impl Enforcer {
 
     /// When the counters were made, in milliseconds since the Unix epoch.
     pub fn born(&self) -> Option<i64> {
-        let made = fs::metadata(self.directory.join("maps/counters")).ok()?.modified().ok()?;
+        let made = fs::metadata(self.directory.join("maps/counters"))
+            .ok()?
+            .modified()
+            .ok()?;
         let since = made.duration_since(std::time::UNIX_EPOCH).ok()?;
         i64::try_from(since.as_millis()).ok()
     }
