@@ -6,6 +6,7 @@
 //! | `path`      | a path below the mount is checked once, valid after; pure |
 //! | `mount`     | the mount is found in mountinfo; pure |
 //! | `hierarchy` | create, remove, list, identify |
+//! | `member`    | in which cgroup a process is |
 //! | `control`   | kill, freeze, wait until empty |
 //! | `glob`      | which agent claims a directory: the outermost claim counts |
 //! | `watch`     | births and deaths of directories, within a millisecond |
@@ -13,6 +14,7 @@
 mod control;
 mod glob;
 mod hierarchy;
+mod member;
 mod mount;
 mod path;
 mod watch;

@@ -12,7 +12,7 @@ use std::{
     ptr,
 };
 
-use super::{program::Images, user::Ids};
+use super::{program::Images, terminal, user::Ids};
 
 /// Enough of `/proc/self/cgroup`: v2's line comes last on hybrid hosts, after at most 14 others.
 const MEMBERSHIP_BYTES: usize = 16 * 1024;
@@ -51,6 +51,8 @@ pub enum Step {
     Capabilities,
     /// Setting `no_new_privs`.
     Privileges,
+    /// Keeping it from typing into the terminal.
+    Terminal,
     /// Putting the signals in order.
     Signals,
     /// Executing the command.
@@ -69,6 +71,8 @@ pub(super) struct Plan {
     pub(super) account: Option<Ids>,
     /// Whether to set `no_new_privs`.
     pub(super) no_new_privs: bool,
+    /// Whether to keep it from typing into the terminal.
+    pub(super) terminal: bool,
     /// What to execute.
     pub(super) images: Images,
     /// Where to report a failure. Closed by exec.
@@ -87,7 +91,7 @@ type Errno = i32;
 // === impl Step ===
 
 impl Step {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Join,
         Self::Membership,
         Self::Elsewhere,
@@ -97,6 +101,7 @@ impl Step {
         Self::UserId,
         Self::Capabilities,
         Self::Privileges,
+        Self::Terminal,
         Self::Signals,
         Self::Exec,
     ];
@@ -114,6 +119,7 @@ impl fmt::Display for Step {
             Self::UserId => "setting the user id",
             Self::Capabilities => "giving up capabilities",
             Self::Privileges => "setting no_new_privs",
+            Self::Terminal => "keeping it from typing into the terminal (seccomp)",
             Self::Signals => "resetting signals",
             Self::Exec => "executing it",
         })
@@ -238,6 +244,13 @@ impl Plan {
             });
         }
         mark_descriptors().map_err(at(Step::Descriptors))?;
+        if self.no_new_privs {
+            no_new_privs().map_err(at(Step::Privileges))?;
+        }
+        // Needs no_new_privs or CAP_SYS_ADMIN: after the former, before the latter goes.
+        if self.terminal {
+            restrict_terminal().map_err(at(Step::Terminal))?;
+        }
         if let Some(account) = &self.account {
             set_groups(&account.groups).map_err(at(Step::Groups))?;
             set_gid(account.gid).map_err(at(Step::GroupId))?;
@@ -245,9 +258,6 @@ impl Plan {
             if account.uid != 0 {
                 drop_capabilities().map_err(at(Step::Capabilities))?;
             }
-        }
-        if self.no_new_privs {
-            no_new_privs().map_err(at(Step::Privileges))?;
         }
         default_signals().map_err(at(Step::Signals))?;
         Err(at(Step::Exec)(self.exec()))
@@ -372,6 +382,23 @@ fn drop_capabilities() -> Result<(), Errno> {
 fn no_new_privs() -> Result<(), Errno> {
     // SAFETY: plain numbers; no memory is touched.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
+}
+
+fn restrict_terminal() -> Result<(), Errno> {
+    let filter = terminal::FILTER;
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: `program` points to that many instructions, which the kernel copies and checks.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        )
+    })
 }
 
 /// Handlers become the default now rather than at exec, so that a signal which comes between

@@ -14,7 +14,8 @@
 //!
 //! What the command inherits:
 //! - descriptors 0, 1 and 2, unless they are a way around the fence (`stdio`); no others;
-//! - the process group and terminal of its caller, so that job control works as without remit;
+//! - the process group and terminal of its caller, so that job control works as without remit,
+//!   but not the right to type into that terminal (`terminal`);
 //! - the environment, less `LISTEN_*`, whose descriptors are closed;
 //! - under sudo, the invoking user's ids, groups and home, not root's (`user`).
 
@@ -22,6 +23,7 @@ mod child;
 mod program;
 mod signals;
 mod stdio;
+mod terminal;
 mod user;
 
 use std::{
@@ -69,6 +71,7 @@ pub struct Launch {
     user: User,
     environment: Vec<(OsString, OsString)>,
     no_new_privs: bool,
+    terminal: bool,
 }
 
 /// A started command. Dropping it neither ends nor reaps it.
@@ -202,6 +205,7 @@ impl Launch {
             environment: user.environment(std::env::vars_os()),
             user,
             no_new_privs,
+            terminal: terminal::is_shared(),
         })
     }
 
@@ -249,6 +253,7 @@ impl Launch {
                 User::Account(account) => Some(account.ids()),
             },
             no_new_privs: self.no_new_privs,
+            terminal: self.terminal,
             images: self.program.images(&self.environment)?,
             report: reported,
         };

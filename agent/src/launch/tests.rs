@@ -92,6 +92,7 @@ fn a_process_that_is_elsewhere_never_becomes_the_command() {
             membership: b"0::/another".to_vec(),
             account: None,
             no_new_privs: true,
+            terminal: false,
             images: launch.program.images(&[]).unwrap(),
             report: reported,
         };
@@ -248,6 +249,47 @@ fn the_user_can_not_leave_the_cgroup() {
     let script = format!("echo 0 > '{}' || cat /proc/self/cgroup", procs.display());
     let (_, text) = output(&sandbox, Joining::Birth, &script, nobody());
     assert!(text.contains(&format!("0::{}", sandbox.path)), "{text}");
+}
+
+const INSIDE: &str = "launch::tests::inside_the_terminal_types_nothing";
+
+/// The inner half of the test below, run as the command.
+#[test]
+#[ignore = "started by another test, inside the fence"]
+fn inside_the_terminal_types_nothing() {
+    let ioctl = |request: libc::c_ulong| {
+        // SAFETY: no descriptor -1 is open, so the kernel never looks at the argument.
+        unsafe { libc::syscall(libc::SYS_ioctl, -1, request, 0) };
+        io::Error::last_os_error().raw_os_error()
+    };
+    assert_eq!(ioctl(libc::TIOCGWINSZ), Some(libc::EBADF));
+    assert_eq!(ioctl(libc::TIOCSTI), Some(libc::EPERM));
+    assert_eq!(ioctl(0xbeef_0000_0000 | libc::TIOCSTI), Some(libc::EPERM));
+}
+
+#[test]
+fn the_command_can_not_type_into_a_shared_terminal() {
+    let Some(sandbox) = Sandbox::new("terminal") else {
+        return;
+    };
+    let exe = std::env::current_exe().unwrap();
+    let inner = format!(
+        "'{}' --exact {INSIDE} --ignored >/dev/null 2>&1",
+        exe.display()
+    );
+    // The user may not be able to read the build's directory; that there is a filter must do.
+    let filtered = "grep -q 'Seccomp:.2' /proc/self/status";
+    for (shared, script, user, code) in [
+        (true, inner.as_str(), User::Same, 0),
+        (false, inner.as_str(), User::Same, 101),
+        (true, filtered, nobody(), 0),
+        (false, filtered, nobody(), 1),
+    ] {
+        let mut launch = shell(script, user);
+        launch.terminal = shared;
+        let mut child = launch.spawn(&sandbox.hierarchy, &sandbox.path).unwrap();
+        assert_eq!(child.wait().unwrap().code, code, "{shared} {script}");
+    }
 }
 
 #[test]
