@@ -1,3 +1,49 @@
-//! Set-up, builds, tests and VMs of Remit, as commands.
+//! Set-up, builds, tests and VMs of Remit, as commands. A person and CI run the same ones.
 
-fn main() {}
+mod apt;
+mod bpf_linker;
+mod build;
+mod initramfs;
+mod kernels;
+mod report;
+mod talk;
+mod vm;
+mod watch;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// Builds and tests Remit. Each command sets up what it needs and reuses what is there.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Set up the toolchain and bpf-linker, then leave the daemon in target/release/remit
+    Build,
+    /// Boot Debian kernels in QEMU and run the kernel tests in each
+    Vm(vm::Options),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = Workspace::find().and_then(|workspace| match args.command {
+        Command::Build => build::command(&workspace).map(|()| ExitCode::SUCCESS),
+        Command::Vm(options) => vm::command(&workspace, &options),
+    });
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            talk::failure(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
