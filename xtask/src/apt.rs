@@ -15,7 +15,10 @@ pub fn ensure(shell: &Shell, program: &str, packages: &[&str], why: &str) -> Res
     talk::step(&format!("`{program}` is missing; it is needed {why}"));
     install(shell, packages)?;
     if !on_path(shell, program) {
-        bail!("`{program}` is still missing after installing {}", packages.join(" "));
+        bail!(
+            "`{program}` is still missing after installing {}",
+            packages.join(" ")
+        );
     }
     Ok(())
 }
@@ -46,6 +49,10 @@ pub fn install(shell: &Shell, packages: &[&str]) -> Result<()> {
     if let Err(error) = cmd!(shell, "{runner} {apt...} update -q").run() {
         talk::note(&format!("{error}; trying with the lists that are there"));
     }
-    cmd!(shell, "{runner} {apt...} install -qy --no-install-recommends {packages...}").run()?;
+    cmd!(
+        shell,
+        "{runner} {apt...} install -qy --no-install-recommends {packages...}"
+    )
+    .run()?;
     Ok(())
 }

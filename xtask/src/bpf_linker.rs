@@ -28,7 +28,11 @@ pub fn ensure(workspace: &Workspace, rust: &Rust) -> Result<()> {
     // Another toolchain has another LLVM, under another name or at another place.
     let built_for = format!("{NAME} {VERSION}\n{}\n{}\n", rust.version, rust.sysroot);
     let ours = fs::read_to_string(&stamp).is_ok_and(|text| text == built_for)
-        && cmd!(shell, "{program} --version").quiet().ignore_stdout().run().is_ok();
+        && cmd!(shell, "{program} --version")
+            .quiet()
+            .ignore_stdout()
+            .run()
+            .is_ok();
     if ours {
         return workspace.prefer(&tools.join("bin"));
     }
@@ -46,16 +50,26 @@ pub fn ensure(workspace: &Workspace, rust: &Rust) -> Result<()> {
 /// Whether the bpf-linker on PATH reads what `rust` writes; the error says why not.
 fn judge(workspace: &Workspace, rust: &Rust) -> Result<()> {
     let shell = &workspace.shell;
-    let said = cmd!(shell, "{NAME} --version").quiet().ignore_stderr().read()?;
+    let said = cmd!(shell, "{NAME} --version")
+        .quiet()
+        .ignore_stderr()
+        .read()?;
     let path = shell.var_os("PATH").unwrap_or_default();
     let program = std::env::split_paths(&path)
         .map(|folder| folder.join(NAME))
         .find(|program| program.is_file())
         .context("it vanished")?;
-    let libraries = cmd!(shell, "ldd {program}").quiet().ignore_stderr().ignore_status().read()?;
+    let libraries = cmd!(shell, "ldd {program}")
+        .quiet()
+        .ignore_stderr()
+        .ignore_status()
+        .read()?;
     match llvm_in(&libraries) {
         Some(llvm) if llvm >= rust.llvm => Ok(()),
-        Some(llvm) => bail!("`{said}` uses LLVM {llvm}, and rustc writes for {}", rust.llvm),
+        Some(llvm) => bail!(
+            "`{said}` uses LLVM {llvm}, and rustc writes for {}",
+            rust.llvm
+        ),
         None => bail!("`{said}` does not tell which LLVM it contains"),
     }
 }
@@ -63,7 +77,9 @@ fn judge(workspace: &Workspace, rust: &Rust) -> Result<()> {
 /// The major version in the name of an LLVM library: `libLLVM.so.22.1-…` or `libLLVM-22.so`.
 fn llvm_in(libraries: &str) -> Option<u32> {
     let (_, name) = libraries.split_once("libLLVM")?;
-    let name = name.strip_prefix(".so.").or_else(|| name.strip_prefix('-'))?;
+    let name = name
+        .strip_prefix(".so.")
+        .or_else(|| name.strip_prefix('-'))?;
     let digits: String = name.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
 }
@@ -78,18 +94,36 @@ fn build(workspace: &Workspace, rust: &Rust, tools: &Path) -> Result<()> {
             LLVM.end()
         );
     }
-    talk::step(&format!("building {NAME} {VERSION} with rustc's own LLVM {llvm} (about a minute)"));
+    talk::step(&format!(
+        "building {NAME} {VERSION} with rustc's own LLVM {llvm} (about a minute)"
+    ));
     let prefix = link_llvm(&rust.sysroot, &tools.join("llvm"))?;
     let work = tools.join("build");
     let feature = format!("llvm-{llvm}");
-    let root = tools.to_str().with_context(|| format!("{} is not UTF-8", tools.display()))?;
-    let target = work.to_str().with_context(|| format!("{} is not UTF-8", work.display()))?;
+    let root = tools
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", tools.display()))?;
+    let target = work
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", work.display()))?;
     let package = format!("{NAME}@{VERSION}");
     let arguments = [
-        "install", &package, "--locked", "--force", "--no-default-features", "--features", &feature,
-        "--root", root, "--target-dir", target,
+        "install",
+        &package,
+        "--locked",
+        "--force",
+        "--no-default-features",
+        "--features",
+        &feature,
+        "--root",
+        root,
+        "--target-dir",
+        target,
     ];
-    workspace.cargo(&arguments).env("LLVM_PREFIX", &prefix).run()?;
+    workspace
+        .cargo(&arguments)
+        .env("LLVM_PREFIX", &prefix)
+        .run()?;
     fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
 }
 
@@ -101,12 +135,14 @@ fn link_llvm(sysroot: &str, prefix: &Path) -> Result<PathBuf> {
         .flatten()
         .map(|entry| entry.path())
         .find(|path| {
-            path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"libLLVM.so."))
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"libLLVM.so."))
         })
         .with_context(|| format!("the toolchain has no libLLVM.so.* in {}", from.display()))?;
     let folder = prefix.join("lib");
     if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+        fs::remove_dir_all(&folder)
+            .with_context(|| format!("cannot empty {}", folder.display()))?;
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     // Its own name is what programs ask for at run time; without `libLLVM.so` none can be linked.
@@ -126,7 +162,10 @@ mod tests {
     fn the_llvm_is_read_from_either_library_name() {
         let rust = "\tlibLLVM.so.22.1-rust-1.95.0-stable => /l/libLLVM.so.22.1 (0x0)";
         assert_eq!(llvm_in(rust), Some(22));
-        assert_eq!(llvm_in("\tlibLLVM-19.so.1 => /usr/lib/libLLVM-19.so.1"), Some(19));
+        assert_eq!(
+            llvm_in("\tlibLLVM-19.so.1 => /usr/lib/libLLVM-19.so.1"),
+            Some(19)
+        );
         assert_eq!(llvm_in("\tlibc.so.6 => /lib/libc.so.6"), None);
         assert_eq!(llvm_in("\tlibLLVM.so => /l/libLLVM.so"), None);
     }
@@ -144,7 +183,10 @@ mod tests {
             link_llvm(sysroot.to_str().unwrap(), &prefix).unwrap();
         }
         for name in ["libLLVM.so", "libLLVM.so.22.1-rust-1.95.0-stable"] {
-            assert_eq!(fs::read_link(prefix.join("lib").join(name)).unwrap(), library);
+            assert_eq!(
+                fs::read_link(prefix.join("lib").join(name)).unwrap(),
+                library
+            );
         }
     }
 }

@@ -19,8 +19,13 @@ pub fn command(workspace: &Workspace) -> Result<()> {
 /// Builds target/release/remit.
 pub fn daemon(workspace: &Workspace) -> Result<()> {
     talk::step("building the daemon");
-    workspace.cargo(&["build", "--locked", "--release", "-p", "remit"]).run()?;
-    talk::note(&format!("left {}", workspace.target.join("release/remit").display()));
+    workspace
+        .cargo(&["build", "--locked", "--release", "-p", "remit"])
+        .run()?;
+    talk::note(&format!(
+        "left {}",
+        workspace.target.join("release/remit").display()
+    ));
     Ok(())
 }
 
@@ -28,8 +33,17 @@ pub fn daemon(workspace: &Workspace) -> Result<()> {
 pub fn static_programs(workspace: &Workspace) -> Result<()> {
     set_up(workspace)?;
     talk::step("building the static daemon and the kernel tests");
-    let arguments =
-        ["build", "--locked", "--release", "--target", STATIC_TARGET, "-p", "remit", "-p", "remit-tests"];
+    let arguments = [
+        "build",
+        "--locked",
+        "--release",
+        "--target",
+        STATIC_TARGET,
+        "-p",
+        "remit",
+        "-p",
+        "remit-tests",
+    ];
     workspace.cargo(&arguments).run()?;
     Ok(())
 }
@@ -42,10 +56,18 @@ pub fn set_up(workspace: &Workspace) -> Result<()> {
     let rust = Rust::of(workspace)?;
     let libraries = Path::new(&rust.sysroot).join("lib/rustlib");
     if !libraries.join("src/rust/library/core/src/lib.rs").exists() {
-        rustup(workspace, ["component", "rust-src"], "core's source, to build it for BPF")?;
+        rustup(
+            workspace,
+            ["component", "rust-src"],
+            "core's source, to build it for BPF",
+        )?;
     }
     if !libraries.join(STATIC_TARGET).join("lib").exists() {
-        rustup(workspace, ["target", STATIC_TARGET], "the target of static programs")?;
+        rustup(
+            workspace,
+            ["target", STATIC_TARGET],
+            "the target of static programs",
+        )?;
     }
     bpf_linker::ensure(workspace, &rust)
 }
@@ -76,9 +98,19 @@ impl Rust {
         let version = cmd!(shell, "rustc -vV").quiet().read()?;
         let llvm = version
             .lines()
-            .find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next()?.parse().ok())
+            .find_map(|line| {
+                line.strip_prefix("LLVM version: ")?
+                    .split('.')
+                    .next()?
+                    .parse()
+                    .ok()
+            })
             .with_context(|| format!("`rustc -vV` names no LLVM version: {version}"))?;
         let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
-        Ok(Self { version, llvm, sysroot })
+        Ok(Self {
+            version,
+            llvm,
+            sysroot,
+        })
     }
 }

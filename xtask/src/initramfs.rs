@@ -28,7 +28,9 @@ impl Archive {
     /// An archive with the folders and the console that an init expects.
     pub fn new() -> Result<Self> {
         let mut archive = Self::default();
-        for folder in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "var"] {
+        for folder in [
+            "bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "var",
+        ] {
             archive.folder(Path::new(folder))?;
         }
         archive.entry("dev/console", CHARACTER_DEVICE, CONSOLE, &[])?;
@@ -84,7 +86,9 @@ impl Archive {
         if let Some(parent) = path.parent() {
             self.folder(parent)?;
         }
-        let name = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+        let name = path
+            .to_str()
+            .with_context(|| format!("{} is not UTF-8", path.display()))?;
         self.entry(name, DIRECTORY, (0, 0), &[])?;
         self.folders.insert(path.to_owned());
         Ok(())
@@ -99,11 +103,25 @@ impl Archive {
         let links = if mode == DIRECTORY { 2 } else { 1 };
         let (major, minor) = device;
         // inode, mode, uid, gid, links, mtime, size, device, device of the node, name, checksum
-        let fields =
-            [self.entries, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0];
+        let fields = [
+            self.entries,
+            mode,
+            0,
+            0,
+            links,
+            0,
+            size,
+            0,
+            0,
+            major,
+            minor,
+            name_size,
+            0,
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes
+                .extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(name.as_bytes());
         self.bytes.push(0);
@@ -133,9 +151,11 @@ mod tests {
                 u32::from_str_radix(text, 16).unwrap()
             };
             let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
-            let name = std::str::from_utf8(&bytes[110..110 + name_size - 1]).unwrap().to_owned();
-            let content_at = (start - bytes.len() + 110 + name_size).next_multiple_of(4)
-                - (start - bytes.len());
+            let name = std::str::from_utf8(&bytes[110..110 + name_size - 1])
+                .unwrap()
+                .to_owned();
+            let content_at =
+                (start - bytes.len() + 110 + name_size).next_multiple_of(4) - (start - bytes.len());
             let content = bytes[content_at..content_at + size].to_vec();
             if name == "TRAILER!!!" {
                 return members;
@@ -168,8 +188,10 @@ mod tests {
         }
         let mut archive = Archive::default();
         archive.tree("t", folder.path()).unwrap();
-        let contents: Vec<_> =
-            members(&archive.finish().unwrap()).into_iter().map(|member| member.2.len()).collect();
+        let contents: Vec<_> = members(&archive.finish().unwrap())
+            .into_iter()
+            .map(|member| member.2.len())
+            .collect();
         assert_eq!(contents, [0, 0, 1, 2, 3, 4]);
     }
 }

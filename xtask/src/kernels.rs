@@ -32,9 +32,21 @@ pub struct Wanted {
 
 /// Every kernel of the matrix, oldest first.
 pub const WANTED: [Wanted; 3] = [
-    Wanted { name: "6.1", series: "6.1.", suites: &["bookworm", "bookworm-updates"] },
-    Wanted { name: "6.12", series: "6.12.", suites: &["trixie", "bookworm-backports"] },
-    Wanted { name: "newest", series: "", suites: &["trixie-backports", "sid"] },
+    Wanted {
+        name: "6.1",
+        series: "6.1.",
+        suites: &["bookworm", "bookworm-updates"],
+    },
+    Wanted {
+        name: "6.12",
+        series: "6.12.",
+        suites: &["trixie", "bookworm-backports"],
+    },
+    Wanted {
+        name: "newest",
+        series: "",
+        suites: &["trixie-backports", "sid"],
+    },
 ];
 
 /// A kernel in the cache.
@@ -68,11 +80,10 @@ pub fn ensure(workspace: &Workspace, wanted: &Wanted, refresh: bool) -> Result<K
     let apt = PrivateApt::new(workspace, &mirror, suite)?;
     let release = package.trim_start_matches("linux-image-").to_owned();
     let work = tempfile::tempdir_in(workspace.vm()).context("cannot make a folder to unpack in")?;
-    apt.unpack(&package, work.path())?;
-    let image = work.path().join("root/boot").join(format!("vmlinuz-{release}"));
+    let image = apt.image(&release, work.path())?;
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     fs::rename(&image, folder.join("vmlinuz"))
-        .with_context(|| format!("package {package} has no {}", image.display()))?;
+        .with_context(|| format!("cannot move {} to {}", image.display(), folder.display()))?;
     // Written last: its presence says that the image is whole.
     fs::write(folder.join("release"), &release)
         .with_context(|| format!("cannot write into {}", folder.display()))?;
@@ -89,7 +100,11 @@ pub fn cached(workspace: &Workspace, wanted: &Wanted) -> Option<Kernel> {
     let folder = folder(workspace, wanted);
     let release = fs::read_to_string(folder.join("release")).ok()?;
     let image = folder.join("vmlinuz");
-    image.is_file().then_some(Kernel { name: wanted.name, release, image })
+    image.is_file().then_some(Kernel {
+        name: wanted.name,
+        release,
+        image,
+    })
 }
 
 /// The best package for `wanted`, and the suite that has it.
@@ -113,13 +128,21 @@ fn newest_of<'a>(
         };
         let newest = packages
             .into_iter()
-            .filter(|package| package.trim_start_matches("linux-image-").starts_with(wanted.series))
+            .filter(|package| {
+                package
+                    .trim_start_matches("linux-image-")
+                    .starts_with(wanted.series)
+            })
             .max_by_key(|package| version_key(package));
         match newest {
             None => reasons.push(format!("{suite}: no {}x kernel in it", wanted.series)),
-            Some(package) if best.as_ref().is_none_or(|(_, known)| {
-                version_key(known) < version_key(&package)
-            }) => best = Some((suite, package)),
+            Some(package)
+                if best
+                    .as_ref()
+                    .is_none_or(|(_, known)| version_key(known) < version_key(&package)) =>
+            {
+                best = Some((suite, package))
+            }
             Some(_) => {}
         }
         if best.is_some() && !wanted.series.is_empty() {
@@ -148,7 +171,8 @@ impl Mirror {
         if let Ok(uri) = env::var(MIRROR_VARIABLE) {
             return Ok(Self { uri });
         }
-        let system = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+        let system =
+            fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
         let field = |name: &str| {
             system
                 .lines()
@@ -188,7 +212,9 @@ struct Source {
 impl Source {
     /// Whether this is where the release `codename` itself comes from.
     fn offers(&self, codename: &str) -> bool {
-        self.suites.iter().any(|suite| suite == codename || suite == "stable" || suite == "sid")
+        self.suites
+            .iter()
+            .any(|suite| suite == codename || suite == "stable" || suite == "sid")
             && self.components.iter().any(|component| component == "main")
     }
 }
@@ -249,7 +275,9 @@ impl Sources {
                     .map(|(_, value)| value.split_whitespace().map(str::to_owned).collect())
                     .unwrap_or_default()
             };
-            let off = words("Enabled").iter().any(|word| word.eq_ignore_ascii_case("no"));
+            let off = words("Enabled")
+                .iter()
+                .any(|word| word.eq_ignore_ascii_case("no"));
             if off || !words("Types").iter().any(|word| word == "deb") {
                 continue;
             }
@@ -277,7 +305,9 @@ impl<'a> PrivateApt<'a> {
             bail!("the kernels come as Debian packages and this machine has no apt-get");
         }
         if !Path::new(KEYRING).exists() {
-            talk::note(&format!("{KEYRING} is missing; it holds Debian's signing keys"));
+            talk::note(&format!(
+                "{KEYRING} is missing; it holds Debian's signing keys"
+            ));
             apt::install(shell, &["debian-archive-keyring"])?;
         }
         let folder = workspace.vm().join("apt").join(suite);
@@ -286,7 +316,10 @@ impl<'a> PrivateApt<'a> {
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let list = folder.join("sources.list");
-        let source = format!("deb [signed-by={KEYRING} arch=amd64] {} {suite} main\n", mirror.uri);
+        let source = format!(
+            "deb [signed-by={KEYRING} arch=amd64] {} {suite} main\n",
+            mirror.uri
+        );
         fs::write(&list, source).with_context(|| format!("cannot write {}", list.display()))?;
         let status = folder.join("status");
         fs::write(&status, "").with_context(|| format!("cannot write {}", status.display()))?;
@@ -307,18 +340,28 @@ impl<'a> PrivateApt<'a> {
         .into_iter()
         .flat_map(|option| ["-o".to_owned(), option])
         .collect();
-        Ok(Self { shell, suite, options })
+        Ok(Self {
+            shell,
+            suite,
+            options,
+        })
     }
 
     fn update(&self) -> Result<()> {
         let options = &self.options;
-        let output = cmd!(self.shell, "apt-get {options...} -q update -o APT::Update::Error-Mode=any")
-            .quiet()
-            .ignore_status()
-            .output()?;
+        let output = cmd!(
+            self.shell,
+            "apt-get {options...} -q update -o APT::Update::Error-Mode=any"
+        )
+        .quiet()
+        .ignore_status()
+        .output()?;
         if !output.status.success() {
             let errors = String::from_utf8_lossy(&output.stderr);
-            let first = errors.lines().find(|line| line.starts_with("E:")).unwrap_or("no reason");
+            let first = errors
+                .lines()
+                .find(|line| line.starts_with("E:"))
+                .unwrap_or("no reason");
             bail!("apt-get update failed for {}: {first}", self.suite);
         }
         Ok(())
@@ -341,22 +384,45 @@ impl<'a> PrivateApt<'a> {
             .collect())
     }
 
-    /// Downloads `package` into `folder` and unpacks it into `folder/root`.
-    fn unpack(&self, package: &str, folder: &Path) -> Result<()> {
+    /// Downloads the packages of the kernel `release`, unpacks them below `folder` and returns the
+    /// bootable image. From 7.2 on `linux-image-*` is empty and the image is in `linux-binary-*`.
+    fn image(&self, release: &str, folder: &Path) -> Result<PathBuf> {
         let options = &self.options;
-        let _inside = self.shell.push_dir(folder);
-        cmd!(self.shell, "apt-get {options...} -q download {package}")
-            .quiet()
-            .ignore_stdout()
-            .run()?;
-        let file = fs::read_dir(folder)
-            .with_context(|| format!("cannot list {}", folder.display()))?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|end| end == "deb"))
-            .with_context(|| format!("apt-get download left no file of {package}"))?;
-        cmd!(self.shell, "dpkg-deb -x {file} root").quiet().run()?;
-        Ok(())
+        for kind in ["linux-binary", "linux-image"] {
+            let package = format!("{kind}-{release}");
+            let names = cmd!(self.shell, "apt-cache {options...} pkgnames {package}")
+                .quiet()
+                .read()?;
+            if !names.lines().any(|name| name == package) {
+                continue;
+            }
+            let place = folder.join(kind);
+            fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
+            let _inside = self.shell.push_dir(&place);
+            cmd!(self.shell, "apt-get {options...} -q download {package}")
+                .quiet()
+                .ignore_stdout()
+                .run()?;
+            let file = fs::read_dir(&place)
+                .with_context(|| format!("cannot list {}", place.display()))?
+                .flatten()
+                .map(|entry| entry.path())
+                .find(|path| path.extension().is_some_and(|end| end == "deb"))
+                .with_context(|| format!("apt-get download left no file of {package}"))?;
+            cmd!(self.shell, "dpkg-deb -x {file} root").quiet().run()?;
+            let images = [
+                format!("root/boot/vmlinuz-{release}"),
+                format!("root/usr/lib/modules/{release}/vmlinuz"),
+            ];
+            let image = images
+                .iter()
+                .map(|image| place.join(image))
+                .find(|image| image.is_file());
+            if let Some(image) = image {
+                return Ok(image);
+            }
+        }
+        bail!("no package of {release} has a vmlinuz in it")
     }
 }
 
@@ -372,7 +438,10 @@ mod tests {
             "linux-image-6.12.117+deb13-cloud-amd64",
         ];
         names.sort_by_key(|name| version_key(name));
-        assert_eq!(names.map(|name| name.contains("6.12.117")), [false, false, true]);
+        assert_eq!(
+            names.map(|name| name.contains("6.12.117")),
+            [false, false, true]
+        );
         assert!(names[0].contains("6.9."));
     }
 

@@ -73,7 +73,11 @@ impl std::ops::AddAssign for Sum {
 
 impl fmt::Display for Sum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { passed, failed, not_tested } = self;
+        let Self {
+            passed,
+            failed,
+            not_tested,
+        } = self;
         write!(f, "{passed} passed, {failed} failed, {not_tested} skipped")
     }
 }
@@ -159,14 +163,20 @@ impl Listener {
         };
         match end {
             End::Silent(time) => {
-                self.problems.push(format!("hung: no output for {} s {after}", time.as_secs()));
+                self.problems
+                    .push(format!("hung: no output for {} s {after}", time.as_secs()));
             }
             End::TooLong(time) => {
-                self.problems.push(format!("not finished in {} s, stopped {after}", time.as_secs()));
+                self.problems.push(format!(
+                    "not finished in {} s, stopped {after}",
+                    time.as_secs()
+                ));
             }
             End::Exited { bad } => {
                 match self.done {
-                    None => self.problems.push(format!("ended {after}, without `@@done`")),
+                    None => self
+                        .problems
+                        .push(format!("ended {after}, without `@@done`")),
                     Some(_) if self.running.is_some() => {
                         self.problems.push(format!("`@@done` came {after}"));
                     }
@@ -178,16 +188,27 @@ impl Listener {
                 if let Some(bad) = bad
                     && sum.failed == 0
                 {
-                    self.problems.push(format!("no test failed, yet it ended with {bad}"));
+                    self.problems
+                        .push(format!("no test failed, yet it ended with {bad}"));
                 }
             }
         }
-        let tail = if self.problems.is_empty() { Vec::new() } else { self.tail.into() };
-        Findings { verdicts: self.verdicts, sum, problems: self.problems, tail }
+        let tail = if self.problems.is_empty() {
+            Vec::new()
+        } else {
+            self.tail.into()
+        };
+        Findings {
+            verdicts: self.verdicts,
+            sum,
+            problems: self.problems,
+            tail,
+        }
     }
 
     fn unreadable(&mut self, line: &str, error: &serde_json::Error) {
-        self.problems.push(format!("cannot read the report line `{line}`: {error}"));
+        self.problems
+            .push(format!("cannot read the report line `{line}`: {error}"));
     }
 }
 
@@ -223,7 +244,10 @@ impl Place {
     /// that neither disappears from the totals.
     pub fn sum(&self) -> Sum {
         match &self.state {
-            State::NotTested(_) => Sum { not_tested: 1, ..Sum::default() },
+            State::NotTested(_) => Sum {
+                not_tested: 1,
+                ..Sum::default()
+            },
             State::Ran(findings) => {
                 let mut sum = findings.sum;
                 sum.failed += findings.problems.len() as u64;
@@ -253,7 +277,15 @@ pub fn total(places: &[Place]) -> Sum {
 /// The table per place and kernel; below it every failure and every test that did not run, with
 /// the reason.
 pub fn table(places: &[Place]) -> String {
-    const HEAD: [&str; 7] = ["place", "kernel", "ran", "passed", "failed", "not tested", "time"];
+    const HEAD: [&str; 7] = [
+        "place",
+        "kernel",
+        "ran",
+        "passed",
+        "failed",
+        "not tested",
+        "time",
+    ];
     let rows: Vec<[String; 7]> = places
         .iter()
         .map(|place| {
@@ -358,7 +390,14 @@ mod tests {
             "@@done {\"passed\":1,\"failed\":0,\"not_tested\":1}\r",
         ])
         .finish(&CLEAN);
-        assert_eq!(findings.sum, Sum { passed: 1, failed: 0, not_tested: 1 });
+        assert_eq!(
+            findings.sum,
+            Sum {
+                passed: 1,
+                failed: 0,
+                not_tested: 1
+            }
+        );
         assert!(findings.problems.is_empty(), "{:?}", findings.problems);
         assert!(findings.tail.is_empty());
     }
@@ -366,7 +405,10 @@ mod tests {
     #[test]
     fn a_hang_names_the_test_that_was_running() {
         let findings = heard(&[START]).finish(&End::Silent(Duration::from_secs(90)));
-        assert_eq!(findings.problems, ["hung: no output for 90 s while `tcp` was running"]);
+        assert_eq!(
+            findings.problems,
+            ["hung: no output for 90 s while `tcp` was running"]
+        );
         assert_eq!(findings.tail, [START]);
     }
 
@@ -378,7 +420,14 @@ mod tests {
             state: State::Ran(heard(&[START, PASS]).finish(&CLEAN)),
             took: Duration::ZERO,
         };
-        assert_eq!(place.sum(), Sum { passed: 1, failed: 1, not_tested: 0 });
+        assert_eq!(
+            place.sum(),
+            Sum {
+                passed: 1,
+                failed: 1,
+                not_tested: 0
+            }
+        );
         assert!(table(&[place]).contains("ended after `tcp` had ended, without `@@done`"));
     }
 
@@ -394,9 +443,14 @@ mod tests {
     #[test]
     fn a_bad_exit_without_a_failed_test_is_a_failure() {
         let done = r#"@@done {"passed":1,"failed":0,"not_tested":0}"#;
-        let bad = End::Exited { bad: Some("exit status: 101".to_owned()) };
+        let bad = End::Exited {
+            bad: Some("exit status: 101".to_owned()),
+        };
         let findings = heard(&[START, PASS, done]).finish(&bad);
-        assert_eq!(findings.problems, ["no test failed, yet it ended with exit status: 101"]);
+        assert_eq!(
+            findings.problems,
+            ["no test failed, yet it ended with exit status: 101"]
+        );
     }
 
     #[test]
@@ -418,7 +472,10 @@ mod tests {
             state: State::NotTested("no mirror".to_owned()),
             took: Duration::ZERO,
         };
-        assert_eq!(total(std::slice::from_ref(&place)).to_string(), "0 passed, 0 failed, 1 skipped");
+        assert_eq!(
+            total(std::slice::from_ref(&place)).to_string(),
+            "0 passed, 0 failed, 1 skipped"
+        );
         assert!(table(&[place]).ends_with("VM newest: not tested: no mirror\n"));
     }
 }

@@ -95,8 +95,14 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
     let sum = report::total(&places);
     println!("{sum}");
     // Asked for VMs and got none: that is no success either.
-    let none = places.iter().all(|place| matches!(place.state, State::NotTested(_)));
-    Ok(if sum.failed > 0 || none { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let none = places
+        .iter()
+        .all(|place| matches!(place.state, State::NotTested(_)));
+    Ok(if sum.failed > 0 || none {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// Boots every chosen kernel, one after the other. The static programs must have been built.
@@ -104,7 +110,9 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
 pub fn run(workspace: &Workspace, options: &Options) -> Result<Vec<Place>> {
     if let Some(filter) = &options.filter {
         ensure!(
-            filter.chars().all(|character| character.is_ascii_graphic() && character != '"'),
+            filter
+                .chars()
+                .all(|character| character.is_ascii_graphic() && character != '"'),
             "`{filter}` cannot be passed on a kernel's command line: no spaces or quotes"
         );
     }
@@ -189,7 +197,14 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
         log: &log,
         verbose: options.verbose,
     };
-    watch::run(qemu, &Limits { silence: SILENCE, whole: WHOLE }, &show)
+    watch::run(
+        qemu,
+        &Limits {
+            silence: SILENCE,
+            whole: WHOLE,
+        },
+        &show,
+    )
 }
 
 fn initramfs(workspace: &Workspace, init: Option<&Path>) -> Result<Vec<u8>> {
@@ -214,7 +229,15 @@ fn initramfs(workspace: &Workspace, init: Option<&Path>) -> Result<Vec<u8>> {
 fn machine(kernel: &Kernel, accelerator: Accelerator, mem: u32) -> Command {
     let mut qemu = Command::new(QEMU);
     qemu.args(accelerator.arguments());
-    qemu.args(["-m", &mem.to_string(), "-smp", "2", "-nic", "none", "-no-reboot"]);
+    qemu.args([
+        "-m",
+        &mem.to_string(),
+        "-smp",
+        "2",
+        "-nic",
+        "none",
+        "-no-reboot",
+    ]);
     qemu.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(&kernel.image);
     let end_with_us = || Ok(prctl::set_pdeathsig(Signal::SIGKILL)?);
@@ -270,8 +293,12 @@ impl Accelerator {
     fn kvm_boots(kernel: &Kernel) -> Result<bool> {
         let mut qemu = machine(kernel, Self::Kvm, 512);
         qemu.args(["-append", "console=ttyS0 panic=-1"]);
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = qemu.spawn().with_context(|| format!("cannot start {QEMU}"))?;
+        qemu.stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut child = qemu
+            .spawn()
+            .with_context(|| format!("cannot start {QEMU}"))?;
         let console = child.stdout.take().context("QEMU has no console")?;
         let (sender, answer) = mpsc::channel();
         thread::spawn(move || {
@@ -285,7 +312,9 @@ impl Accelerator {
         let booted = answer.recv_timeout(PROBE).unwrap_or(false);
         // Ended by itself after the panic, or must end now.
         drop(child.kill());
-        child.wait().with_context(|| format!("cannot wait for {QEMU}"))?;
+        child
+            .wait()
+            .with_context(|| format!("cannot wait for {QEMU}"))?;
         Ok(booted)
     }
 }

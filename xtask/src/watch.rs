@@ -49,11 +49,16 @@ impl Drop for Guard {
 
 /// Runs `command` to its end or to one of the `limits`.
 pub fn run(mut command: Command, limits: &Limits, show: &Show<'_>) -> Result<Findings> {
-    let mut log = File::create(show.log)
-        .with_context(|| format!("cannot create {}", show.log.display()))?;
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut log =
+        File::create(show.log).with_context(|| format!("cannot create {}", show.log.display()))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let program = command.get_program().to_string_lossy().into_owned();
-    let child = command.spawn().with_context(|| format!("cannot start {program}"))?;
+    let child = command
+        .spawn()
+        .with_context(|| format!("cannot start {program}"))?;
     let mut child = Guard(child);
     let (sender, lines) = mpsc::channel();
     let streams: [Option<Box<dyn Read + Send>>; 2] = [
@@ -87,7 +92,10 @@ pub fn run(mut command: Command, limits: &Limits, show: &Show<'_>) -> Result<Fin
                 Ok(None) | Err(_) => break End::Silent(limits.silence),
             },
             Err(RecvTimeoutError::Disconnected) => {
-                let status = child.0.wait().with_context(|| format!("cannot wait for {program}"))?;
+                let status = child
+                    .0
+                    .wait()
+                    .with_context(|| format!("cannot wait for {program}"))?;
                 break exited(status);
             }
         }
@@ -96,7 +104,9 @@ pub fn run(mut command: Command, limits: &Limits, show: &Show<'_>) -> Result<Fin
 }
 
 fn exited(status: std::process::ExitStatus) -> End {
-    End::Exited { bad: (!status.success()).then(|| status.to_string()) }
+    End::Exited {
+        bad: (!status.success()).then(|| status.to_string()),
+    }
 }
 
 fn hear(listener: &mut Listener, line: &str, show: &Show<'_>, progress: &Progress) {
@@ -106,10 +116,17 @@ fn hear(listener: &mut Listener, line: &str, show: &Show<'_>, progress: &Progres
     if let Some(verdict) = listener.line(line)
         && verdict.outcome == Outcome::Failed
     {
-        progress.print(&format!("{}: FAILED {}: {}", show.name, verdict.test, verdict.why));
+        progress.print(&format!(
+            "{}: FAILED {}: {}",
+            show.name, verdict.test, verdict.why
+        ));
     }
     if let Some(test) = listener.running() {
-        progress.update(format!("{}: {} done, now {test}", show.name, listener.answered()));
+        progress.update(format!(
+            "{}: {} done, now {test}",
+            show.name,
+            listener.answered()
+        ));
     }
 }
 
@@ -140,8 +157,15 @@ mod tests {
         let log = folder.path().join("log");
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        let limits = Limits { silence, whole: Duration::from_secs(20) };
-        let show = Show { name: "sh", log: &log, verbose: false };
+        let limits = Limits {
+            silence,
+            whole: Duration::from_secs(20),
+        };
+        let show = Show {
+            name: "sh",
+            log: &log,
+            verbose: false,
+        };
         let findings = run(command, &limits, &show).unwrap();
         assert!(std::fs::read_to_string(&log).unwrap().contains("@@"));
         findings
@@ -150,9 +174,15 @@ mod tests {
     #[test]
     fn a_program_that_falls_silent_is_stopped_and_reported() {
         let began = Instant::now();
-        let findings =
-            shell(r#"echo '@@start {"test":"t"}'; exec sleep 60"#, Duration::from_millis(300));
-        assert!(findings.problems[0].starts_with("hung"), "{:?}", findings.problems);
+        let findings = shell(
+            r#"echo '@@start {"test":"t"}'; exec sleep 60"#,
+            Duration::from_millis(300),
+        );
+        assert!(
+            findings.problems[0].starts_with("hung"),
+            "{:?}",
+            findings.problems
+        );
         assert!(began.elapsed() < Duration::from_secs(10));
     }
 

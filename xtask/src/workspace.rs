@@ -12,7 +12,12 @@ use xshell::{Cmd, Shell, cmd};
 
 /// Variables that cargo sets for xtask itself. A build script that watches one of them would
 /// otherwise run again whenever the same build is started without xtask.
-const OWN: [&str; 4] = ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME", "CARGO_PKG_VERSION"];
+const OWN: [&str; 4] = [
+    "CARGO_MANIFEST_DIR",
+    "CARGO_MANIFEST_PATH",
+    "CARGO_PKG_NAME",
+    "CARGO_PKG_VERSION",
+];
 
 /// The checkout and its build folder.
 pub struct Workspace {
@@ -39,7 +44,11 @@ impl Workspace {
         };
         let shell = Shell::new().context("cannot read the current folder")?;
         shell.change_dir(&root);
-        Ok(Self { root, target, shell })
+        Ok(Self {
+            root,
+            target,
+            shell,
+        })
     }
 
     /// The tools that xtask builds for itself.
@@ -60,10 +69,10 @@ impl Workspace {
     /// A cargo command with `arguments`, of the toolchain that runs xtask.
     pub fn cargo(&self, arguments: &[&str]) -> Cmd<'_> {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-        OWN.iter()
-            .fold(cmd!(self.shell, "{cargo} {arguments...}"), |command, variable| {
-                command.env_remove(variable)
-            })
+        OWN.iter().fold(
+            cmd!(self.shell, "{cargo} {arguments...}"),
+            |command, variable| command.env_remove(variable),
+        )
     }
 
     /// Lets every later command find the programs in `folder` first.
