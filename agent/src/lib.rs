@@ -12,4 +12,5 @@
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
+pub mod kernel;
 pub mod policy;

@@ -62,7 +62,7 @@ shared! {
         pub now: u64,
         /// Destination.
         pub addr: Addr,
-        /// The agent.
+        /// The agent; [`super::LAYOUT_QUESTION`] asks for the layout instead.
         pub agent: u32,
         /// Destination port.
         pub port: u16,

@@ -29,3 +29,9 @@ pub const NO_ENTRY: u32 = u32::MAX;
 pub const LOOPBACK_ENTRY: u32 = u32::MAX - 1;
 /// A deadline that never comes.
 pub const NEVER: u64 = u64::MAX;
+/// `agent` of a question that asks for the layout: the answer's `row` is [`super::FINGERPRINT`] and
+/// its `entry` [`super::ABI_VERSION`], as the loaded object has them.
+pub const LAYOUT_QUESTION: u32 = u32::MAX;
+/// Bits of an agent's word (value of `agents`) that index `rows`; the rest is a generation, so that
+/// no two states of an agent ever have the same word.
+pub const ROW_INDEX_BITS: u32 = 24;

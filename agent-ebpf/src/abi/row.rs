@@ -55,7 +55,7 @@ shared! {
         pub pad: [u8; 3],
     }
 
-    /// Value of `cache`: one remembered allow. `cgroup` is the tag: cleared first, written last.
+    /// Value of `cache`: one remembered allow.
     pub struct Slot {
         /// The cgroup that asked; 0 is an empty slot.
         pub cgroup: u64,
@@ -69,12 +69,15 @@ shared! {
         pub deadline: u64,
         /// The agent.
         pub agent: u32,
+        /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
+        /// between, on the CPU that owns the slot.
+        pub sequence: u32,
         /// Peer's port.
         pub port: u16,
         /// IP protocol.
         pub protocol: u8,
         /// Zero.
-        pub pad: u8,
+        pub pad: [u8; 5],
     }
 
     /// Value of `counters`, per CPU: never lost, whatever becomes of events.
@@ -125,6 +128,21 @@ shared! {
         pub refilled: u64,
         /// Events left.
         pub tokens: u64,
+    }
+
+    /// Value of `names`: which agent an index is, so that the kernel's state explains itself to a
+    /// daemon that adopts it.
+    pub struct AgentName {
+        /// The id, zero-padded; ids have at most 63 bytes.
+        pub bytes: [u8; 64],
+    }
+
+    /// Value of `tags`, in socket storage: whose a bound socket is.
+    pub struct Tag {
+        /// The agent.
+        pub agent: u32,
+        /// Zero.
+        pub pad: u32,
     }
 
     /// Value of `owners`: who made or connected a socket, and what connect judged.
