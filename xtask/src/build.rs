@@ -54,30 +54,38 @@ pub fn set_up(workspace: &Workspace) -> Result<()> {
     let shell = &workspace.shell;
     apt::ensure(shell, "cc", &["gcc", "libc6-dev"], "to link programs")?;
     let rust = Rust::of(workspace)?;
-    let libraries = Path::new(&rust.sysroot).join("lib/rustlib");
-    if !libraries.join("src/rust/library/core/src/lib.rs").exists() {
-        rustup(
-            workspace,
-            ["component", "rust-src"],
-            "core's source, to build it for BPF",
-        )?;
-    }
-    if !libraries.join(STATIC_TARGET).join("lib").exists() {
-        rustup(
-            workspace,
-            ["target", STATIC_TARGET],
-            "the target of static programs",
-        )?;
+    add_component(
+        workspace,
+        "rust-src",
+        "lib/rustlib/src/rust/library/core/src/lib.rs",
+    )?;
+    if !Path::new(&rust.sysroot)
+        .join("lib/rustlib")
+        .join(STATIC_TARGET)
+        .join("lib")
+        .exists()
+    {
+        rustup(workspace, ["target", STATIC_TARGET])?;
     }
     bpf_linker::ensure(workspace, &rust)
 }
 
-fn rustup(workspace: &Workspace, [kind, what]: [&str; 2], why: &str) -> Result<()> {
+/// Adds a component of the toolchain unless its `file`, below the toolchain's folder, is there.
+pub fn add_component(workspace: &Workspace, component: &str, file: &str) -> Result<()> {
+    if Path::new(&Rust::of(workspace)?.sysroot).join(file).exists() {
+        return Ok(());
+    }
+    rustup(workspace, ["component", component])
+}
+
+fn rustup(workspace: &Workspace, [kind, what]: [&str; 2]) -> Result<()> {
     let shell = &workspace.shell;
     if !apt::on_path(shell, "rustup") {
-        bail!("{what} is missing ({why}) and there is no rustup to add it: see https://rustup.rs");
+        bail!(
+            "the toolchain lacks {what}, and there is no rustup to add it: see https://rustup.rs"
+        );
     }
-    talk::step(&format!("adding {what}: {why}"));
+    talk::step(&format!("adding the {kind} {what} to the toolchain"));
     cmd!(shell, "rustup {kind} add {what}").run()?;
     Ok(())
 }

@@ -3,10 +3,14 @@
 mod apt;
 mod bpf_linker;
 mod build;
+mod ci;
 mod initramfs;
 mod kernels;
+mod layers;
+mod lint;
 mod report;
 mod talk;
+mod test;
 mod vm;
 mod watch;
 mod workspace;
@@ -31,6 +35,12 @@ enum Command {
     Build,
     /// Boot Debian kernels in QEMU and run the kernel tests in each
     Vm(vm::Options),
+    /// Run unit tests, the kernel tests on this host, and the same in a VM for each kernel
+    Test(test::Options),
+    /// Check format, clippy, layering and names
+    Lint,
+    /// What CI runs: lint, then test
+    Ci,
 }
 
 fn main() -> ExitCode {
@@ -38,6 +48,9 @@ fn main() -> ExitCode {
     let done = Workspace::find().and_then(|workspace| match args.command {
         Command::Build => build::command(&workspace).map(|()| ExitCode::SUCCESS),
         Command::Vm(options) => vm::command(&workspace, &options),
+        Command::Test(options) => test::command(&workspace, &options),
+        Command::Lint => lint::command(&workspace).map(|()| ExitCode::SUCCESS),
+        Command::Ci => ci::command(&workspace),
     });
     match done {
         Ok(code) => code,

@@ -61,8 +61,9 @@ pub struct Options {
     verbose: bool,
 }
 
-impl Default for Options {
-    fn default() -> Self {
+impl Options {
+    /// Every kernel and every test.
+    pub fn all(verbose: bool) -> Self {
         Self {
             kernel: Vec::new(),
             filter: None,
@@ -70,7 +71,7 @@ impl Default for Options {
             refresh: false,
             mem: 1024,
             init: None,
-            verbose: false,
+            verbose,
         }
     }
 }
