@@ -223,6 +223,16 @@ pub struct Findings {
     pub tail: Vec<String>,
 }
 
+impl Findings {
+    /// A run that could not take place although it had to: a failure, not an absence.
+    pub fn broken(error: &anyhow::Error) -> Self {
+        Self {
+            problems: vec![format!("{error:#}")],
+            ..Self::default()
+        }
+    }
+}
+
 /// A place that tests are meant to run in.
 pub struct Place {
     pub name: String,

@@ -68,11 +68,8 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
 /// The host and the VMs, which run the same static programs.
 fn in_kernels(workspace: &Workspace, options: &Options, places: &mut Vec<Place>) -> Result<()> {
     if let Err(error) = build::static_programs(workspace) {
-        // Its place in the table, so that the sum counts it and the unit tests' result still shows.
-        let findings = Findings {
-            problems: vec![format!("the kernel tests do not build: {error:#}")],
-            ..Findings::default()
-        };
+        // In the table, so that the sum counts it and the unit tests' result still shows.
+        let findings = Findings::broken(&error.context("the kernel tests do not build"));
         places.push(Place {
             state: State::Ran(findings),
             ..not_tested(HOST, "")
@@ -118,7 +115,8 @@ fn host(workspace: &Workspace, verbose: bool) -> Result<Place> {
             log: &log,
             verbose,
         };
-        place.state = State::Ran(watch::run(command, &LIMITS, &show)?);
+        let findings = watch::run(command, &LIMITS, &show);
+        place.state = State::Ran(findings.unwrap_or_else(|error| Findings::broken(&error)));
         place.took = began.elapsed();
     }
     talk::note(&place.closing());

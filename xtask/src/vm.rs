@@ -136,7 +136,8 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<Vec<Place>> {
                 Err(error) => State::NotTested(format!("no kernel: {error:#}")),
                 Ok(kernel) => {
                     kernel_name.clone_from(&kernel.release);
-                    State::Ran(boot(workspace, &kernel, options)?)
+                    let findings = boot(workspace, &kernel, options);
+                    State::Ran(findings.unwrap_or_else(|error| Findings::broken(&error)))
                 }
             },
         };
