@@ -1,10 +1,10 @@
 //! Capacities and bounds, each with the reason for its number.
 
-/// Rules in one block. Disjoint port intervals of one address rarely exceed a handful; 16 keep a
-/// block under 400 bytes and the verifier's walk short.
-pub const RULES_PER_SET: usize = 16;
+/// Rules in one block (a power of two). Disjoint port intervals of one address rarely exceed a
+/// handful, and every look-up compares all slots of a block.
+pub const RULES_PER_SET: usize = 8;
 /// Blocks that one address may chain: 64 rules. The compiler refuses an address that needs more.
-pub const SETS_PER_ADDRESS: usize = 4;
+pub const SETS_PER_ADDRESS: usize = 8;
 /// Ancestors looked at. `cgroup.max.depth` can be larger, but a selector this deep is refused.
 pub const MAX_LEVELS: u32 = 32;
 /// Slots of the per-CPU allow cache (a power of two): 72 KiB a CPU.

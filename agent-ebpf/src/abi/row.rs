@@ -170,3 +170,25 @@ pub const SOCKETS_ICMP: u8 = 1;
 pub const SOCKETS_ANY: u8 = 2;
 /// [`AgentRow::flags`]: the scope has clients to answer.
 pub const FLAG_SERVES: u8 = 1;
+
+impl Rule {
+    /// Fills the slots of a block that are not in use: its interval is empty, so it never matches.
+    pub const UNUSED: Self = Self {
+        deadline: 0,
+        entry: super::NO_ENTRY,
+        low: 1,
+        high: 0,
+        class: 0,
+        effect: 0,
+        pad: [0; 6],
+    };
+}
+
+impl RuleSet {
+    /// A block without rules.
+    pub const EMPTY: Self = Self {
+        len: 0,
+        next: 0,
+        rules: [Rule::UNUSED; RULES_PER_SET],
+    };
+}

@@ -2,8 +2,8 @@
 //! exists; at egress a refused TCP opening would only hang.
 
 use agent_ebpf::{
-    abi::{Addr, Hook},
-    decide::{Attempt, decide},
+    abi::{Addr, Cause, Hook, UNREGISTERED, Verdict},
+    decide::Attempt,
 };
 use aya_ebpf::{
     EbpfContext as _,
@@ -16,18 +16,18 @@ use super::{
     cache, emit, identity,
     maps::{self, Tables},
     peer::ByTag,
-    verdict::{Outcome, settle},
+    verdict::{ALLOW, Ruling, rule},
 };
 
-const ALLOW: i32 = 1;
-const DENY: i32 = 0;
+const PASS: i32 = 1;
+const REFUSE: i32 = 0;
 
 /// IPv4.
 #[cgroup_sock_addr(connect4)]
 pub fn remit_connect4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context as the kernel gave it.
     let word = unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() };
-    judge(&ctx, Addr::from_v4_word(word), Hook::Connect4, 2)
+    judge(&ctx, Addr::from_v4_word(word), Hook::Connect4)
 }
 
 /// IPv6, which IPv4-mapped destinations come through as well.
@@ -48,12 +48,11 @@ pub fn remit_connect6(ctx: SockAddrContext) -> i32 {
             words: [a, b, c, d],
         },
         Hook::Connect6,
-        10,
     )
 }
 
 #[inline(always)]
-fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook, family: u8) -> i32 {
+fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
     let addr = addr.effective();
     // SAFETY: the context as the kernel gave it.
     let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
@@ -78,64 +77,95 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook, family: u8) -> i32 {
     if let Some(agent) = cache::hit(&question) {
         emit::remember_owner(cookie, Some((&addr, port)));
         emit::allowed(agent);
-        return ALLOW;
+        return PASS;
     }
 
-    let epoch = maps::epoch();
-    let agent = identity::of_current();
-    let word = maps::word(agent);
-    let now = cache::boot_now();
-    let attempt = Attempt {
+    let mut who = Who {
+        agent: UNREGISTERED,
+        cgroup,
+        policy: 0,
+    };
+    let mut attempt = Attempt {
         addr,
         port,
         local_port: 0,
         protocol,
         hook,
-        opening: false,
-        now,
+        tcp_flags: 0,
+        now: 0,
     };
-    let (decision, policy) = match maps::row(word) {
-        Some(row) => {
-            let tables = Tables {
-                peer: ByTag {
-                    context: ctx,
-                    agent,
-                },
-            };
-            (decide(&tables, row, &attempt), row.policy)
-        }
-        None => super::verdict::no_row(),
-    };
-    let mut event = emit::blank(hook, agent, cgroup, now);
-    match settle(decision, &mut event) {
-        Outcome::Pass { until, cacheable } => {
-            if cacheable {
-                cache::remember(&question, agent, word, epoch, now, until);
-            }
-            emit::remember_owner(cookie, Some((&addr, port)));
-            emit::allowed(agent);
-            ALLOW
-        }
-        outcome => {
-            event.policy = policy;
-            event.addr = addr;
-            event.port = port;
-            event.protocol = protocol;
-            event.family = family;
-            emit::name_current(&mut event);
-            emit::report(&mut event);
-            if matches!(outcome, Outcome::PassReported) {
-                emit::remember_owner(cookie, Some((&addr, port)));
-                return ALLOW;
-            }
-            aya_log_ebpf::debug!(
-                ctx,
-                "{}: agent {} refused, reason {}",
-                hook as u8,
-                agent,
-                event.reason
-            );
-            DENY
-        }
+    let mut ruling = Ruling::fault(Cause::NoRow);
+    ask(ctx, &mut attempt, &mut who, &mut ruling);
+    if ruling.verdict == ALLOW {
+        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::allowed(who.agent);
+        return PASS;
     }
+    report(&attempt, &ruling, &who);
+    if ruling.verdict == Verdict::Monitored as u8 {
+        emit::remember_owner(cookie, Some((&addr, port)));
+        return PASS;
+    }
+    aya_log_ebpf::debug!(
+        ctx,
+        "connect: agent {} refused, reason {}",
+        who.agent,
+        ruling.reason
+    );
+    REFUSE
+}
+
+/// Whose attempt it is.
+struct Who {
+    agent: u32,
+    cgroup: u64,
+    policy: u64,
+}
+
+/// Asks the tables, and remembers an allow that may be.
+#[inline(never)]
+fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
+    // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
+    let epoch = maps::epoch();
+    who.agent = identity::of_current();
+    let word = maps::word(who.agent);
+    attempt.now = cache::boot_now();
+    let Some(row) = maps::row(word) else {
+        return;
+    };
+    who.policy = row.policy;
+    let tables = Tables {
+        peer: ByTag {
+            context: ctx,
+            agent: who.agent,
+        },
+    };
+    rule(&tables, row, attempt, ruling);
+    if ruling.cacheable != 0 {
+        let question = cache::Question {
+            cgroup: who.cgroup,
+            addr: &attempt.addr,
+            port: attempt.port,
+            protocol: attempt.protocol,
+        };
+        cache::remember(&question, who.agent, word, epoch, attempt.now, ruling.until);
+    }
+}
+
+/// Reports what was not plainly allowed.
+#[inline(never)]
+fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
+    let mut event = emit::blank(attempt.hook, who.agent, who.cgroup, attempt.now);
+    ruling.fill(&mut event);
+    event.policy = who.policy;
+    event.addr = attempt.addr;
+    event.port = attempt.port;
+    event.protocol = attempt.protocol;
+    event.family = if matches!(attempt.hook, Hook::Connect4) {
+        2
+    } else {
+        10
+    };
+    emit::name_current(&mut event);
+    emit::report(&mut event);
 }

@@ -1,10 +1,9 @@
 //! `socket(2)` in the internet families: refuses types that the scope gives no use for, and
 //! remembers who made the socket.
 
-use agent_ebpf::abi::{NO_ENTRY, Reason};
 use agent_ebpf::{
-    abi::Hook,
-    decide::{Decision, socket::may_create},
+    abi::{Cause, Hook, Reason},
+    decide::socket::may_create,
 };
 use aya_ebpf::{
     EbpfContext as _,
@@ -13,13 +12,10 @@ use aya_ebpf::{
     programs::SockContext,
 };
 
-use super::{
-    cache, emit, identity, maps,
-    verdict::{self, Outcome, settle},
-};
+use super::{cache, emit, identity, maps, verdict::Ruling};
 
-const ALLOW: i32 = 1;
-const DENY: i32 = 0;
+const PASS: i32 = 1;
+const REFUSE: i32 = 0;
 
 /// `cgroup/sock_create`.
 #[cgroup_sock(sock_create)]
@@ -34,26 +30,20 @@ pub fn remit_create(ctx: SockContext) -> i32 {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
 
     let agent = identity::of_current();
-    let (decision, policy) = match maps::row(maps::word(agent)) {
-        Some(row) if may_create(row, kind, protocol) => {
+    let mut ruling = Ruling::fault(Cause::NoRow);
+    let mut policy = 0;
+    if let Some(row) = maps::row(maps::word(agent)) {
+        if may_create(row, kind, protocol) {
             emit::remember_owner(cookie, None);
-            return ALLOW;
+            return PASS;
         }
-        Some(row) => (
-            Decision::Deny {
-                reason: Reason::SocketType,
-                entry: NO_ENTRY,
-            },
-            row.policy,
-        ),
-        None => verdict::no_row(),
-    };
+        ruling = Ruling::deny(Reason::SocketType);
+        policy = row.policy;
+    }
     // SAFETY: no arguments.
     let cgroup = unsafe { bpf_get_current_cgroup_id() };
     let mut event = emit::blank(Hook::SockCreate, agent, cgroup, cache::boot_now());
-    let Outcome::Refuse = settle(decision, &mut event) else {
-        return DENY;
-    };
+    ruling.fill(&mut event);
     event.policy = policy;
     event.protocol = protocol as u8;
     event.socket_type = kind as u8;
@@ -61,5 +51,5 @@ pub fn remit_create(ctx: SockContext) -> i32 {
     emit::name_current(&mut event);
     emit::report(&mut event);
     aya_log_ebpf::debug!(&ctx, "create: agent {} refused type {}", agent, kind);
-    DENY
+    REFUSE
 }

@@ -57,7 +57,7 @@ fn ask(question: &Question) -> Answer {
                 local_port: question.local_port,
                 protocol: question.protocol,
                 hook,
-                opening: question.opening != 0,
+                tcp_flags: question.tcp_flags,
                 now: if question.now == 0 {
                     boot_now()
                 } else {

@@ -30,7 +30,7 @@ const IPPROTO_UDP: u8 = 17;
 macro_rules! look_up {
     ($context:expr, $attempt:expr, $source:expr) => {{
         let attempt: &Attempt = $attempt;
-        let source: Addr = $source;
+        let source: &Addr = $source;
         let sport = attempt.local_port.to_be();
         let dport = attempt.port.to_be();
         // SAFETY: all-zero bytes are a valid tuple of either family.
@@ -69,14 +69,15 @@ pub struct ByTag<'a> {
     pub agent: u32,
 }
 
+// Functions of their own, so that their tuples do not weigh on the stack of the tables' look-ups.
 impl FindPeer for ByTag<'_> {
-    #[inline(always)]
+    #[inline(never)]
     fn find(&self, attempt: &Attempt) -> Peer {
         if !matches!(attempt.protocol, IPPROTO_TCP | IPPROTO_UDP) {
             return Peer::Foreign;
         }
         // The source is not chosen yet; a listener does not depend on it.
-        let sk: *mut bpf_sock = look_up!(self.context.as_ptr(), attempt, attempt.addr);
+        let sk: *mut bpf_sock = look_up!(self.context.as_ptr(), attempt, &attempt.addr);
         if sk.is_null() {
             return Peer::Nobody;
         }
@@ -101,11 +102,11 @@ impl FindPeer for ByTag<'_> {
 pub struct ByCgroup<'a> {
     pub context: &'a SkBuffContext,
     pub agent: u32,
-    pub source: Addr,
+    pub source: &'a Addr,
 }
 
 impl FindPeer for ByCgroup<'_> {
-    #[inline(always)]
+    #[inline(never)]
     fn find(&self, attempt: &Attempt) -> Peer {
         if !matches!(attempt.protocol, IPPROTO_TCP | IPPROTO_UDP) {
             return Peer::Foreign;

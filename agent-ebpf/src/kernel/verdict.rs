@@ -1,51 +1,105 @@
-//! From a decision to what a hook does. No `_` arm: a new word must be handled here.
+//! From a decision to what a hook does, as plain numbers: the functions that call [`rule`] are
+//! never inlined, so that what the verifier learned inside them does not multiply with what the
+//! hook does next.
 
 use agent_ebpf::{
-    abi::{Cause, Event, NO_ENTRY, Reason, Verdict},
-    decide::Decision,
+    abi::{AgentRow, Cause, Event, NO_ENTRY, Reason, Verdict},
+    decide::{Attempt, Decision, decide},
 };
 
-/// What the hook does.
-pub enum Outcome {
-    /// Let it through.
-    Pass { until: u64, cacheable: bool },
-    /// Let it through, and report it.
-    PassReported,
-    /// Refuse it, and report it.
-    Refuse,
+use super::maps::{FindPeer, Tables};
+
+/// A decision, flat.
+pub struct Ruling {
+    /// See [`Decision::Allow`].
+    pub until: u64,
+    /// The entry that decided.
+    pub entry: u32,
+    /// 0 allow, or a [`Verdict`].
+    pub verdict: u8,
+    /// A [`Reason`], or 0.
+    pub reason: u8,
+    /// A [`Cause`].
+    pub cause: u8,
+    /// 1 if it may be cached.
+    pub cacheable: u8,
 }
 
-/// Writes the decision into the event and says what to do.
-#[inline(always)]
-pub fn settle(decision: Decision, event: &mut Event) -> Outcome {
-    match decision {
-        Decision::Allow {
-            until, cacheable, ..
-        } => Outcome::Pass { until, cacheable },
-        Decision::Monitor { reason, entry } => {
-            event.verdict = Verdict::Monitored as u8;
-            event.reason = reason as u8;
-            event.entry = entry;
-            Outcome::PassReported
+/// [`Ruling::verdict`] of an allow.
+pub const ALLOW: u8 = 0;
+
+impl Ruling {
+    /// Nothing known yet, which denies.
+    pub const fn fault(cause: Cause) -> Self {
+        Self {
+            until: 0,
+            entry: NO_ENTRY,
+            verdict: Verdict::Denied as u8,
+            reason: Reason::Fault as u8,
+            cause: cause as u8,
+            cacheable: 0,
         }
-        Decision::Deny { reason, entry } => {
-            event.verdict = Verdict::Denied as u8;
-            event.reason = reason as u8;
-            event.entry = entry;
-            Outcome::Refuse
+    }
+
+    /// A refusal.
+    pub const fn deny(reason: Reason) -> Self {
+        Self {
+            until: 0,
+            entry: NO_ENTRY,
+            verdict: Verdict::Denied as u8,
+            reason: reason as u8,
+            cause: 0,
+            cacheable: 0,
         }
-        Decision::Fault(cause) => {
-            event.verdict = Verdict::Denied as u8;
-            event.reason = Reason::Fault as u8;
-            event.entry = NO_ENTRY;
-            event.cause = cause as u8;
-            Outcome::Refuse
-        }
+    }
+
+    /// Writes the ruling into an event.
+    #[inline(always)]
+    pub fn fill(&self, event: &mut Event) {
+        event.verdict = self.verdict;
+        event.reason = self.reason;
+        event.cause = self.cause;
+        event.entry = self.entry;
     }
 }
 
-/// The decision on an agent without a row, and the policy id to report it with.
+/// Asks [`decide`]. No `_` arm: a new word must be handled here.
 #[inline(always)]
-pub fn no_row() -> (Decision, u64) {
-    (Decision::Fault(Cause::NoRow), 0)
+pub fn rule<P: FindPeer>(
+    tables: &Tables<P>,
+    row: &AgentRow,
+    attempt: &Attempt,
+    ruling: &mut Ruling,
+) {
+    match decide(tables, row, attempt) {
+        Decision::Allow {
+            entry,
+            until,
+            cacheable,
+        } => {
+            ruling.verdict = ALLOW;
+            ruling.reason = 0;
+            ruling.cause = 0;
+            ruling.entry = entry;
+            ruling.until = until;
+            ruling.cacheable = cacheable as u8;
+        }
+        Decision::Monitor { reason, entry } => {
+            ruling.verdict = Verdict::Monitored as u8;
+            ruling.reason = reason as u8;
+            ruling.cause = 0;
+            ruling.entry = entry;
+        }
+        Decision::Deny { reason, entry } => {
+            ruling.verdict = Verdict::Denied as u8;
+            ruling.reason = reason as u8;
+            ruling.cause = 0;
+            ruling.entry = entry;
+        }
+        Decision::Fault(cause) => {
+            ruling.verdict = Verdict::Denied as u8;
+            ruling.reason = Reason::Fault as u8;
+            ruling.cause = cause as u8;
+        }
+    }
 }

@@ -153,6 +153,13 @@ impl Enforcer {
         prepare_bpffs(directory)?;
         let directory = directory.join(format!("v{ABI_VERSION}"));
         let maps = directory.join("maps");
+        // Maps without a link are nobody's: a start that failed half-way left them.
+        if !has_pins(&directory.join("links")) {
+            remove_pins(&directory).map_err(|source| OpenError::Pins {
+                path: directory.clone(),
+                source,
+            })?;
+        }
         fs::create_dir_all(&maps).map_err(|source| OpenError::Pins {
             path: maps.clone(),
             source,
@@ -350,6 +357,15 @@ fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     T::try_from(map).map_err(|source| OpenError::Map {
         name,
         source: Box::new(source.into()),
+    })
+}
+
+/// Whether anything is pinned below `directory`.
+fn has_pins(directory: &Path) -> bool {
+    fs::read_dir(directory).is_ok_and(|entries| {
+        entries.filter_map(Result::ok).any(|entry| {
+            entry.file_type().is_ok_and(|kind| !kind.is_dir()) || has_pins(&entry.path())
+        })
     })
 }
 

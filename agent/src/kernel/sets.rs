@@ -122,7 +122,7 @@ impl RuleSets {
 
 /// The `at`th block of a chain.
 fn block(rules: &[Rule], at: usize, next: Option<u32>) -> RuleSet {
-    let mut set = RuleSet::zeroed();
+    let mut set = RuleSet::EMPTY;
     for (slot, rule) in set
         .rules
         .iter_mut()
@@ -152,14 +152,14 @@ mod tests {
     #[test]
     fn the_same_rules_share_a_chain_until_the_last_use_ends() {
         let mut sets = RuleSets::new(8);
-        let Interned::New(head, blocks) = sets.intern(&rules(20)) else {
+        let Interned::New(head, blocks) = sets.intern(&rules(12)) else {
             panic!("not new")
         };
         assert_eq!(blocks.len(), 2);
-        assert_eq!(blocks[0].1.len, 16);
+        assert_eq!(blocks[0].1.len, 8);
         assert_eq!(blocks[0].1.next, blocks[1].0 + 1);
         assert_eq!((blocks[1].1.len, blocks[1].1.next), (4, 0));
-        assert!(matches!(sets.intern(&rules(20)), Interned::Shared(again) if again == head));
+        assert!(matches!(sets.intern(&rules(12)), Interned::Shared(again) if again == head));
         sets.release(head);
         assert!(sets.holds(head));
         sets.release(head);
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn full_says_how_many_are_needed() {
         let mut sets = RuleSets::new(2);
-        assert!(matches!(sets.intern(&rules(17)), Interned::New(..)));
+        assert!(matches!(sets.intern(&rules(9)), Interned::New(..)));
         assert!(matches!(sets.intern(&rules(1)), Interned::Full(3)));
         assert_eq!(sets.used(), 2);
     }
@@ -179,7 +179,7 @@ mod tests {
     fn an_adopted_chain_is_not_handed_out_again() {
         let mut sets = RuleSets::new(3);
         sets.adopt(1, rules(1), vec![1]);
-        let Interned::New(_, blocks) = sets.intern(&rules(20)) else {
+        let Interned::New(_, blocks) = sets.intern(&rules(12)) else {
             panic!("not new")
         };
         assert!(blocks.iter().all(|(index, _)| *index != 1));
