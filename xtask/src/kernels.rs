@@ -61,12 +61,9 @@ pub struct Kernel {
 
 /// Takes `wanted` from the cache, or fetches it into the cache. `refresh` fetches again.
 pub fn ensure(workspace: &Workspace, wanted: &Wanted, refresh: bool) -> Result<Kernel> {
-    let folder = folder(workspace, wanted);
-    if refresh && folder.exists() {
-        fs::remove_dir_all(&folder)
-            .with_context(|| format!("cannot empty {}", folder.display()))?;
-    }
-    if let Some(kernel) = cached(workspace, wanted) {
+    if let Some(kernel) = cached(workspace, wanted)
+        && !refresh
+    {
         return Ok(kernel);
     }
     ensure!(
@@ -81,12 +78,16 @@ pub fn ensure(workspace: &Workspace, wanted: &Wanted, refresh: bool) -> Result<K
     let release = package.trim_start_matches("linux-image-").to_owned();
     let work = tempfile::tempdir_in(workspace.vm()).context("cannot make a folder to unpack in")?;
     let image = apt.image(&release, work.path())?;
+    let folder = folder(workspace, wanted);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    // Gone while the image changes, and written last: its presence says that the image is whole.
+    let named = folder.join("release");
+    if named.exists() {
+        fs::remove_file(&named).with_context(|| format!("cannot remove {}", named.display()))?;
+    }
     fs::rename(&image, folder.join("vmlinuz"))
         .with_context(|| format!("cannot move {} to {}", image.display(), folder.display()))?;
-    // Written last: its presence says that the image is whole.
-    fs::write(folder.join("release"), &release)
-        .with_context(|| format!("cannot write into {}", folder.display()))?;
+    fs::write(&named, &release).with_context(|| format!("cannot write {}", named.display()))?;
     talk::note(&format!("{release} from {suite}"));
     cached(workspace, wanted).with_context(|| format!("{} vanished", folder.display()))
 }

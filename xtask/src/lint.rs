@@ -69,6 +69,11 @@ fn clippy(workspace: &Workspace) -> Result<()> {
 
 /// The host's clippy sees an empty `main` where the hooks are.
 fn clippy_bpf(workspace: &Workspace) -> Result<()> {
+    // A folder of its own: `RUSTC_BOOTSTRAP` makes other builds of the same crates stale.
+    let target = workspace.target.join("lint");
+    let target = target
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", target.display()))?;
     let arguments = [
         "clippy",
         "--locked",
@@ -76,6 +81,8 @@ fn clippy_bpf(workspace: &Workspace) -> Result<()> {
         "agent-ebpf",
         "--target",
         BPF_TARGET,
+        "--target-dir",
+        target,
         "-Z",
         "build-std=core",
         "--release",
