@@ -19,6 +19,10 @@ fn main() -> ExitCode {
     let result = match args.as_slice() {
         ["actor"] => actor::serve(),
         ["probe", orders] => actor::probe(orders),
+        ["exit", code] => code
+            .parse::<u8>()
+            .map(ExitCode::from)
+            .map_err(anyhow::Error::from),
         ["--list"] => harness::list(&cases()),
         ["--one", name, unique] => harness::one(&cases(), name, unique),
         filters if filters.iter().all(|filter| !filter.starts_with('-')) => {

@@ -6,10 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, Write as _},
+    io::{BufRead as _, Read as _, Write as _},
     net::SocketAddr,
     process::{Command, ExitCode, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -85,6 +85,18 @@ pub enum Op {
     Child { ops: Vec<Op>, exec: bool },
     /// Receives a socket from a unix socket at `path`.
     ReceiveSocket { path: String },
+    /// Sends for a while without pause; the value is how often it was refused with EPERM, the
+    /// first answer's value how often it was not.
+    Flood {
+        id: usize,
+        addr: SocketAddr,
+        data: Vec<u8>,
+        millis: u64,
+    },
+    /// Its own process id.
+    Pid,
+    /// Leaves a child behind in a session of its own, whose parent has gone; its process id.
+    Daemonise,
 }
 
 /// What came of it.
@@ -234,6 +246,17 @@ impl Actor {
                 let socket = Socket::receive(path)?;
                 Ok(self.keep(socket))
             }
+            Op::Flood {
+                id,
+                addr,
+                data,
+                millis,
+            } => flood(self.socket(*id)?, *addr, data, *millis),
+            Op::Pid => Ok(Reply {
+                value: i64::from(std::process::id()),
+                ..Reply::default()
+            }),
+            Op::Daemonise => daemonise(),
         }
     }
 
@@ -275,6 +298,54 @@ fn send_repeatedly(
         }
     }
     Ok(value(refused))
+}
+
+fn flood(socket: &Socket, addr: SocketAddr, data: &[u8], millis: u64) -> nix::Result<Reply> {
+    let until = Instant::now() + Duration::from_millis(millis);
+    let (mut refused, mut passed) = (0, 0);
+    while Instant::now() < until {
+        match socket.send_to(addr, data, 0) {
+            Err(Errno::EPERM) => refused += 1,
+            // A full socket buffer means that the fence let it through.
+            Ok(_) | Err(Errno::EAGAIN | Errno::ECONNREFUSED) => passed += 1,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(Reply {
+        replies: vec![value(passed)],
+        ..value(refused)
+    })
+}
+
+/// The double fork of old daemons.
+fn daemonise() -> nix::Result<Reply> {
+    let (mut reader, mut writer) = std::io::pipe().map_err(errno_of)?;
+    // SAFETY: an actor has one thread, so the child may do whatever the parent might.
+    if let nix::unistd::ForkResult::Parent { child } = unsafe { nix::unistd::fork() }? {
+        drop(writer);
+        nix::sys::wait::waitpid(child, None)?;
+        let mut pid = [0; 4];
+        reader.read_exact(&mut pid).map_err(errno_of)?;
+        return Ok(Reply {
+            value: i64::from(u32::from_ne_bytes(pid)),
+            ..Reply::default()
+        });
+    }
+    drop(nix::unistd::setsid());
+    // SAFETY: as above.
+    if let Ok(nix::unistd::ForkResult::Parent { .. }) = unsafe { nix::unistd::fork() } {
+        // SAFETY: ends the child without running the parent's destructors a second time.
+        unsafe { libc::_exit(0) }
+    }
+    drop(writer.write_all(&std::process::id().to_ne_bytes()));
+    drop(writer);
+    // It must not keep the pipes of its ancestors open: they would wait for it.
+    drop(nix::unistd::close(0));
+    drop(nix::unistd::close(1));
+    drop(nix::unistd::close(2));
+    std::thread::sleep(Duration::from_secs(120));
+    // SAFETY: as above.
+    unsafe { libc::_exit(0) }
 }
 
 fn child_by_exec(ops: &[Op]) -> nix::Result<Reply> {

@@ -2,12 +2,36 @@
 
 use crate::harness::Case;
 
+mod change;
 mod control;
+mod deny;
+mod floor;
+mod icmp;
+mod lifecycle;
+mod loopback;
+mod membership;
+mod monitor;
+mod ports;
 mod reach;
+mod serve;
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    let mut cases = control::cases();
-    cases.extend(reach::cases());
-    cases
+    [
+        control::cases(),
+        reach::cases(),
+        ports::cases(),
+        deny::cases(),
+        floor::cases(),
+        lifecycle::cases(),
+        monitor::cases(),
+        loopback::cases(),
+        serve::cases(),
+        icmp::cases(),
+        membership::cases(),
+        change::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

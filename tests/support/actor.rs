@@ -55,16 +55,32 @@ impl Actor {
 
     /// Gives an order and takes the answer.
     pub fn ask(&mut self, op: &Op) -> Result<Reply> {
+        self.tell(op)?;
+        self.hear()
+    }
+
+    /// Gives an order.
+    pub fn tell(&mut self, op: &Op) -> Result<()> {
         let orders = self.orders.as_mut().context("the actor has ended")?;
         let mut line = serde_json::to_string(op)?;
         line.push('\n');
         orders.write_all(line.as_bytes())?;
-        orders.flush()?;
+        Ok(orders.flush()?)
+    }
+
+    /// Takes the answer.
+    pub fn hear(&mut self) -> Result<Reply> {
         let mut answer = String::new();
         if self.answers.read_line(&mut answer)? == 0 {
-            bail!("the actor has ended in the middle of {line}");
+            bail!("the actor has ended without an answer");
         }
         Ok(serde_json::from_str(&answer)?)
+    }
+
+    /// Lets it end by itself; the exit code.
+    pub fn finish(&mut self) -> Result<i32> {
+        self.orders = None;
+        Ok(super::remit::code(self.child.wait()?))
     }
 
     /// The same, for what must succeed; its value.

@@ -1,7 +1,12 @@
 //! A daemon, its agents' cgroups, and the two questions that most cases ask: does this arrive,
 //! and is this refused — with all the evidence that the design promises for either.
 
-use std::{collections::BTreeMap, net::SocketAddr, thread::sleep, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -90,24 +95,34 @@ impl Fixture {
 
     /// The same with other settings.
     pub fn start_with(ctx: &Ctx, agents: &[Agent], settings: &Settings) -> Result<Self> {
+        let ids: Vec<&str> = agents.iter().map(|agent| agent.id.as_str()).collect();
+        Self::start_all(ctx, agents, &ids, settings)
+    }
+
+    /// The same, with the services of `ids` alone there.
+    pub fn start_with_cgroups(ctx: &Ctx, agents: &[Agent], ids: &[&str]) -> Result<Self> {
+        Self::start_all(ctx, agents, ids, &Settings::default())
+    }
+
+    fn start_all(ctx: &Ctx, agents: &[Agent], ids: &[&str], settings: &Settings) -> Result<Self> {
         let root = Cgroup::create(&ctx.root())?;
         let place = Place::lay(ctx, settings)?;
-        let mut cgroups = BTreeMap::new();
         for agent in agents {
             place.write(agent)?;
-            let name = format!("{}.service", agent.id);
-            cgroups.insert(agent.id.clone(), root.child(&name)?);
         }
-        let daemon = Daemon::start(&place)?;
+        let mut cgroups = BTreeMap::new();
+        for id in ids {
+            cgroups.insert((*id).to_owned(), root.child(&format!("{id}.service"))?);
+        }
         let fixture = Self {
             outside: Actor::spawn(None)?,
             cgroups,
-            daemon,
+            daemon: Daemon::start(&place)?,
             wire: Wire::tap()?,
             _root: root,
         };
-        for agent in agents {
-            fixture.await_cgroup(&agent.id)?;
+        for id in ids {
+            fixture.await_cgroup(id)?;
         }
         Ok(fixture)
     }
@@ -161,6 +176,29 @@ impl Fixture {
         let said = self.place().remit(&["reload"])?;
         expect("exit code of remit reload", said.code, 0)
             .with_context(|| format!("{}{}", said.stdout, said.stderr))
+    }
+
+    /// Waits for a violation line of `agent` after the first `before` lines that fits.
+    pub fn await_line(
+        &self,
+        before: usize,
+        agent: &str,
+        fits: impl Fn(&Line) -> bool,
+    ) -> Result<Line> {
+        eventually(7, || {
+            let lines = self.violations()?;
+            let new = lines.get(before..).unwrap_or_default();
+            new.iter()
+                .find(|line| line.agent() == agent && fits(line))
+                .cloned()
+                .with_context(|| format!("no such line of {agent} in {new:?}"))
+        })
+    }
+
+    /// What has left for `ip` since the wire was last drained.
+    pub fn seen_at(&mut self, ip: IpAddr) -> Result<usize> {
+        let seen = self.wire.drain()?;
+        Ok(seen.iter().filter(|packet| packet.ip == ip).count())
     }
 
     /// The attempt must arrive, whole.
