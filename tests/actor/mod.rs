@@ -331,7 +331,8 @@ fn daemonise() -> nix::Result<Reply> {
             ..Reply::default()
         });
     }
-    drop(nix::unistd::setsid());
+    // It cannot fail in a child that leads no group.
+    let _ = nix::unistd::setsid();
     // SAFETY: as above.
     if let Ok(nix::unistd::ForkResult::Parent { .. }) = unsafe { nix::unistd::fork() } {
         // SAFETY: ends the child without running the parent's destructors a second time.
@@ -340,9 +341,9 @@ fn daemonise() -> nix::Result<Reply> {
     drop(writer.write_all(&std::process::id().to_ne_bytes()));
     drop(writer);
     // It must not keep the pipes of its ancestors open: they would wait for it.
-    drop(nix::unistd::close(0));
-    drop(nix::unistd::close(1));
-    drop(nix::unistd::close(2));
+    let _ = nix::unistd::close(0);
+    let _ = nix::unistd::close(1);
+    let _ = nix::unistd::close(2);
     std::thread::sleep(Duration::from_secs(120));
     // SAFETY: as above.
     unsafe { libc::_exit(0) }

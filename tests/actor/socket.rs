@@ -4,7 +4,7 @@
 use std::{
     io::IoSliceMut,
     mem::{size_of, size_of_val, zeroed},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     time::{Duration, Instant},
 };
@@ -164,10 +164,10 @@ impl Socket {
     pub fn local_addr(&self) -> nix::Result<SocketAddr> {
         let name: SockaddrStorage = getsockname(self.fd())?;
         if let Some(v4) = name.as_sockaddr_in() {
-            return Ok(SocketAddrV4::new(Ipv4Addr::from(v4.ip()), v4.port()).into());
+            return Ok(SocketAddrV4::new(v4.ip(), v4.port()).into());
         }
         let v6 = name.as_sockaddr_in6().ok_or(Errno::EAFNOSUPPORT)?;
-        Ok(SocketAddrV6::new(Ipv6Addr::from(v6.ip()), v6.port(), 0, 0).into())
+        Ok(SocketAddrV6::new(v6.ip(), v6.port(), 0, 0).into())
     }
 
     /// sendto(2) on a packet socket (SOCK_DGRAM): the kernel writes the link header.

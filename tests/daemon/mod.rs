@@ -2,7 +2,22 @@
 
 use crate::harness::Case;
 
+mod bad_registry;
+mod commands;
+mod flood;
+mod life;
+mod run;
+
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    Vec::new()
+    [
+        life::cases(),
+        commands::cases(),
+        bad_registry::cases(),
+        flood::cases(),
+        run::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

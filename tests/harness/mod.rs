@@ -73,12 +73,6 @@ impl Case {
         self.needs.retain(|need| !matches!(need, Need::Remit));
         self
     }
-
-    /// Sets the deadline.
-    pub fn within(mut self, secs: u64) -> Self {
-        self.deadline = Duration::from_secs(secs);
-        self
-    }
 }
 
 /// Prints the names.

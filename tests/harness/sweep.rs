@@ -30,7 +30,7 @@ pub fn kill_children() -> Vec<String> {
             if alive {
                 found.push(format!("process {name} ({pid})"));
                 // It may have gone since; that is as good.
-                drop(kill(pid, Signal::SIGKILL));
+                let _ = kill(pid, Signal::SIGKILL);
             }
         }
         while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {

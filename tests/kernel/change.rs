@@ -39,7 +39,7 @@ pub fn cases() -> Vec<Case> {
             tcp_ends(ctx, &Agent::standard("alpha").state("suspended"))
         }),
         Case::new("change::open_tcp_in_scope_lives_on", |ctx| {
-            let mut fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
+            let fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
             let mut actor = fx.actor("alpha")?;
             let to = Family::V4.pick(IN_V4, IN_V6, 443)?;
             let listener = TcpListener::bind(to)?;

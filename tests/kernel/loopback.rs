@@ -21,7 +21,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::new(
             format!("loopback::{name}_own_tcp_both_ways"),
             move |ctx| {
-                let mut fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
+                let fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
                 let (mut server, mut client) = (fx.actor("alpha")?, fx.actor("alpha")?);
                 tcp_both_ways(&mut server, &mut client, family)?;
                 // In one process, too.
@@ -32,7 +32,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::new(
             format!("loopback::{name}_own_udp_both_ways"),
             move |ctx| {
-                let mut fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
+                let fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
                 let (mut server, mut client) = (fx.actor("alpha")?, fx.actor("alpha")?);
                 for connected in [false, true] {
                     udp_both_ways(&mut server, &mut client, family, connected)?;
@@ -57,7 +57,7 @@ pub fn cases() -> Vec<Case> {
             format!("loopback::{name}_another_agents_listener_is_refused"),
             move |ctx| {
                 let agents = [Agent::new("alpha"), Agent::new("beta")];
-                let mut fx = Fixture::start(ctx, &agents)?;
+                let fx = Fixture::start(ctx, &agents)?;
                 let (mut alpha, mut beta) = (fx.actor("alpha")?, fx.actor("beta")?);
                 let (_, to) = beta.listen(family.pick("127.0.0.1", "::1", 0)?)?;
                 let tried = Way::Tcp.perform(&mut alpha, family, to)?;
@@ -71,7 +71,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::new(
             format!("loopback::{name}_none_refuses_its_own"),
             move |ctx| {
-                let mut fx = Fixture::start(ctx, &[Agent::new("alpha").loopback("none")])?;
+                let fx = Fixture::start(ctx, &[Agent::new("alpha").loopback("none")])?;
                 let (mut server, mut client) = (fx.actor("alpha")?, fx.actor("alpha")?);
                 let (_, to) = server.listen(family.pick("127.0.0.1", "::1", 0)?)?;
                 let tried = Way::Tcp.perform(&mut client, family, to)?;

@@ -10,15 +10,6 @@ pub fn from_now(secs: i64) -> String {
     rfc3339(now + secs)
 }
 
-/// Milliseconds since the epoch.
-pub fn unix_millis() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| {
-            i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-        })
-}
-
 /// The civil date of a day count: Howard Hinnant's `civil_from_days`.
 fn rfc3339(unix: i64) -> String {
     let (days, secs) = (unix.div_euclid(86_400), unix.rem_euclid(86_400));

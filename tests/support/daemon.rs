@@ -80,11 +80,6 @@ impl Place {
         Ok(place)
     }
 
-    /// The root.
-    pub fn root(&self) -> &str {
-        &self.root
-    }
-
     /// The settings file.
     pub fn config(&self) -> PathBuf {
         self.dir.join("remit.toml")
@@ -179,11 +174,6 @@ impl Daemon {
     /// Its place.
     pub fn place(&self) -> &Place {
         &self.place
-    }
-
-    /// Its process.
-    pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
     }
 
     /// Kills it at once: what it has pinned stays in force.
