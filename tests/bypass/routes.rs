@@ -1,6 +1,6 @@
 //! Packets whose header does not tell where they go: source routes, routing headers, fragments.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::Result;
 
@@ -8,7 +8,7 @@ use crate::{
     actor::Op,
     harness::{Case, Outcome},
     support::{
-        Actor, Agent, Family, Fixture, expect,
+        Actor, Agent, Family, Fixture, claim, expect,
         network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
         way::{PAYLOAD, ipv4_packet, udp},
     },
@@ -27,54 +27,65 @@ pub fn cases() -> Vec<Case> {
             let mut value = vec![LOOSE_SOURCE_ROUTE, 7, 4];
             value.extend(via.octets());
             value.push(0);
-            let id = actor.socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
-            actor.must(&Op::SetOption {
-                id,
-                level: libc::IPPROTO_IP,
-                name: libc::IP_OPTIONS,
-                value,
-            })?;
+            let prepare = |actor: &mut Actor| {
+                let id = actor.socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+                actor.must(&Op::SetOption {
+                    id,
+                    level: libc::IPPROTO_IP,
+                    name: libc::IP_OPTIONS,
+                    value: value.clone(),
+                })?;
+                Ok(id)
+            };
             // The header says IN, the option OUT.
             let to = Family::V4.pick(OUT_V4, OUT_V6, 443)?;
-            faulted(&mut fx, &mut actor, id, to, PAYLOAD, &[IN_V4, OUT_V4])
+            faulted(&mut fx, &mut actor, prepare, to, PAYLOAD, &[IN_V4, OUT_V4])
         }),
         Case::with_outcome("bypass::segment_routing_header_v6", |ctx| {
             let mut fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
             let mut actor = fx.actor("alpha")?;
-            let id = actor.socket(libc::AF_INET6, libc::SOCK_DGRAM, 0)?;
             // Next header (the kernel's), 8-octet units, type, segments left, last entry, flags,
             // tag; the segments in reverse, the first a place for the destination.
             let mut value = vec![0, 4, 4, 1, 1, 0, 0, 0];
             value.extend([0; 16]);
             value.extend(IN_V6.parse::<Ipv6Addr>()?.octets());
-            let set = actor.ask(&Op::SetOption {
-                id,
-                level: libc::IPPROTO_IPV6,
-                name: libc::IPV6_RTHDR,
-                value,
-            })?;
-            if set.errno != 0 {
+            let prepare = |actor: &mut Actor| {
+                let id = actor.socket(libc::AF_INET6, libc::SOCK_DGRAM, 0)?;
+                actor.must(&Op::SetOption {
+                    id,
+                    level: libc::IPPROTO_IPV6,
+                    name: libc::IPV6_RTHDR,
+                    value: value.clone(),
+                })?;
+                Ok(id)
+            };
+            if let Err(error) = prepare(fx.outside()) {
                 return Ok(Outcome::NotTested(format!(
-                    "this kernel takes no segment routing header: errno {}",
-                    set.errno
+                    "this kernel takes no segment routing header: {error:#}"
                 )));
             }
             let to = Family::V6.pick(OUT_V4, OUT_V6, 443)?;
-            faulted(&mut fx, &mut actor, id, to, PAYLOAD, &[IN_V6, OUT_V6])?;
+            faulted(&mut fx, &mut actor, prepare, to, PAYLOAD, &[IN_V6, OUT_V6])?;
             Ok(Outcome::Passed)
         }),
         Case::new("bypass::routing_header_v6", |ctx| {
             let agent = Agent::new("alpha").allow("2001:db8:1::/64", "\"any\"");
             let mut fx = Fixture::start(ctx, &[agent])?;
             let mut actor = fx.actor("alpha")?;
-            let id = actor.socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
             let (via, to): (Ipv6Addr, Ipv6Addr) = (IN_V6.parse()?, OUT_V6.parse()?);
             let mut body = vec![17, 2, 0, 1, 0, 0, 0, 0];
             body.extend(to.octets());
             body.extend(udp(40_000, 443));
             let packet = ipv6_packet(via, via, 43, &body);
             let addr = SocketAddr::new(via.into(), 0);
-            faulted(&mut fx, &mut actor, id, addr, &packet, &[IN_V6, OUT_V6])
+            faulted(
+                &mut fx,
+                &mut actor,
+                raw(libc::AF_INET6),
+                addr,
+                &packet,
+                &[IN_V6, OUT_V6],
+            )
         }),
         Case::new("bypass::hop_by_hop_does_not_hide_the_ports", |ctx| {
             let agent = Agent::new("alpha")
@@ -131,44 +142,53 @@ pub fn cases() -> Vec<Case> {
             // A later fragment has no ports to judge: refused in scope, too.
             let packet = ipv4_packet([0; 4], inside.octets(), 17, 4, PAYLOAD);
             let to = SocketAddr::new(inside.into(), 0);
-            faulted(&mut fx, &mut actor, id, to, &packet, &[IN_V4, OUT_V4])
+            faulted(
+                &mut fx,
+                &mut actor,
+                raw(libc::AF_INET),
+                to,
+                &packet,
+                &[IN_V4, OUT_V4],
+            )
         }),
         Case::new("bypass::a_packet_cut_short", |ctx| {
             let agent = Agent::new("alpha").allow("198.51.100.0/24", "\"any\"");
             let mut fx = Fixture::start(ctx, &[agent])?;
             let mut actor = fx.actor("alpha")?;
-            let id = actor.socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
             let inside: Ipv4Addr = IN_V4.parse()?;
             let packet = ipv4_packet([0; 4], inside.octets(), 6, 0, &[0x9c, 0x40, 0x01]);
             let to = SocketAddr::new(inside.into(), 0);
-            faulted(&mut fx, &mut actor, id, to, &packet, &[IN_V4])
+            faulted(
+                &mut fx,
+                &mut actor,
+                raw(libc::AF_INET),
+                to,
+                &packet,
+                &[IN_V4],
+            )
         }),
     ]
 }
 
-/// Sends what cannot be told: refused as a fault, counted and told, and nothing leaves.
+/// Sends what cannot be told: refused as a fault, counted and told, and nothing leaves; from
+/// outside the same does.
 fn faulted(
     fx: &mut Fixture,
     actor: &mut Actor,
-    id: usize,
+    prepare: impl Fn(&mut Actor) -> Result<usize>,
     addr: SocketAddr,
     data: &[u8],
     silent: &[&str],
 ) -> Result<()> {
     let before = fx.violations()?.len();
     let counted = fx.place().status()?.denied("alpha", Some("fault"))?;
+    let id = prepare(actor)?;
     fx.wire.drain()?;
-    let tried = actor.ask(&Op::SendTo {
-        id,
-        addr,
-        data: data.to_vec(),
-        flags: 0,
-        repeat: 1,
-    })?;
+    let tried = actor.ask(&send(id, addr, data))?;
     expect("errno", tried.errno, libc::EPERM)?;
     let seen = fx.wire.drain()?;
     for ip in silent {
-        let ip: std::net::IpAddr = ip.parse()?;
+        let ip: IpAddr = ip.parse()?;
         expect(
             "packets",
             seen.iter().filter(|seen| seen.ip == ip).count(),
@@ -184,7 +204,30 @@ fn faulted(
         fx.place().status()?.denied("alpha", Some("fault"))?,
         counted + 1,
     )?;
+    let id = prepare(fx.outside())?;
+    let tried = fx.outside().ask(&send(id, addr, data))?;
+    expect("control: errno outside the fence", tried.errno, 0)?;
+    let seen = fx.wire.drain()?;
+    claim(
+        seen.iter()
+            .any(|seen| silent.iter().any(|ip| seen.ip.to_string() == *ip)),
+        || "control: nothing left from outside the fence".to_owned(),
+    )?;
     fx.reconcile("alpha")
+}
+
+fn send(id: usize, addr: SocketAddr, data: &[u8]) -> Op {
+    Op::SendTo {
+        id,
+        addr,
+        data: data.to_vec(),
+        flags: 0,
+        repeat: 1,
+    }
+}
+
+fn raw(domain: i32) -> impl Fn(&mut Actor) -> Result<usize> {
+    move |actor| actor.socket(domain, libc::SOCK_RAW, libc::IPPROTO_RAW)
 }
 
 fn ipv6_packet(from: Ipv6Addr, to: Ipv6Addr, next: u8, body: &[u8]) -> Vec<u8> {
