@@ -19,6 +19,17 @@ fn main() -> Result<()> {
         fs::write(&object, []).with_context(|| format!("cannot write {}", object.display()))?;
     }
 
+    // `cargo xtask` keeps the linker here, so that a plain `cargo build` works after it.
+    let tools = PathBuf::from("../target/tools/bin");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let searched = tools
+        .canonicalize()
+        .into_iter()
+        .chain(env::split_paths(&path));
+    let path = env::join_paths(searched).context("PATH cannot be extended")?;
+    // SAFETY: a build script's main thread, before any other thread exists.
+    unsafe { env::set_var("PATH", path) };
+
     // SAFETY: a build script's main thread, before any other thread exists. The variable lets the
     // child cargo use `-Z build-std` on the stable toolchain; it is set for nobody else.
     unsafe { env::set_var("RUSTC_BOOTSTRAP", "1") };

@@ -1,3 +1,40 @@
-//! The registry compiler.
+//! The registry compiler: text in, tables or findings out. No files, clock, network or threads;
+//! time is an argument.
+//!
+//! ```text
+//! source ─ reader ─ document ─ validate ─ link ─ expand ─ lower ─> AgentTables
+//!   text     shape     keys      model     files   sets    rules
+//!                 └────────┴─────────┴───────┴───────┴──────────> Finding
+//! ```
+//!
+//! [`MemoryRules`] asks the kernel's own verdict about tables that are in no kernel, and
+//! [`explain`] puts that into words.
 
+mod clock;
+mod compile;
+mod document;
+mod expand;
+mod explain;
+mod finding;
+mod hash;
+mod link;
+mod lower;
+mod memory;
+mod model;
+mod name;
+mod net;
+mod reader;
+mod source;
 pub mod tables;
+mod validate;
+
+pub use clock::Clock;
+pub use compile::{Compilation, UNREGISTERED_ID, compile};
+pub use explain::{Explanation, Outcome, Question, explain};
+pub use finding::{Finding, Severity};
+pub use memory::{MemoryRules, row, rule_sets};
+pub use model::{Agent, Lifecycle, Set};
+pub use name::{Depth, HostPattern, Id, Selector, SelectorError};
+pub use net::{Cidr, CidrError, PortError, PortSpec, Ports};
+pub use source::{Source, SourceKind, Span};
+pub use tables::{AgentTables, Entry, Placed, Prefix, Scope, TimedRule, UnixMillis};

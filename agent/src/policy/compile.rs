@@ -1,0 +1,559 @@
+//! The pipeline: sources → documents → model → tables. Every file is taken as far as it goes, so
+//! that one run shows all there is to mend.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use agent_ebpf::abi::{Loopback, Mode, RULES_PER_SET, SETS_PER_ADDRESS, State};
+
+use super::{
+    document::{self, AgentDocument, FloorDocument, SetDocument},
+    expand::{Flat, Shelf, Shelves},
+    finding::{Finding, Severity, quoted},
+    hash::Canonical,
+    link::{self, Neighbour},
+    lower::{Lowered, lower},
+    model::{Agent, Grant, Scope, Set},
+    name::Id,
+    reader::Notes,
+    source::{Source, SourceFile, SourceKind, Span},
+    tables::{self, AgentTables, UnixMillis},
+    validate::{self, CheckedAgent},
+};
+
+/// Rules that one address may have.
+const RULES: usize = RULES_PER_SET * SETS_PER_ADDRESS;
+/// Entries that a message names at most.
+const NAMED: usize = 8;
+
+/// The id of the pseudo-agent of processes that no agent claims.
+pub const UNREGISTERED_ID: &str = "(unregistered)";
+
+/// What came of a registry.
+#[derive(Clone, Debug)]
+pub struct Compilation {
+    /// The agents without errors, by id.
+    pub agents: Vec<AgentTables>,
+    /// The checked entries of [`Self::agents`], in the same order: what the tables have no use for.
+    pub registry: Vec<Agent>,
+    /// For each of [`Self::agents`], in the same order, the hash that its approval covers: the
+    /// entry and the sets it uses, without the floor, which is the host's.
+    pub approvals: Vec<String>,
+    /// The sets in use or not, without those that an earlier one of the same name hides.
+    pub sets: Vec<Set>,
+    /// The pseudo-agent: the floor and nothing else. Its mode is the caller's to set.
+    pub unregistered: AgentTables,
+    /// All findings, by file and place.
+    pub findings: Vec<Finding>,
+}
+
+/// A set's file under way.
+struct Drawer<'a> {
+    file: &'a SourceFile<'a>,
+    /// By its file's name, unless that is no name.
+    name: Option<Id>,
+    set: Option<Set>,
+    allow: Vec<Grant>,
+    findings: Vec<Finding>,
+}
+
+/// An agent's file under way.
+struct Desk<'a> {
+    file: &'a SourceFile<'a>,
+    checked: CheckedAgent,
+    id_span: Option<Span>,
+    findings: Vec<Finding>,
+}
+
+/// What every agent is compiled with.
+struct Surroundings<'a> {
+    shelves: Shelves<'a>,
+    floors: Vec<(&'a SourceFile<'a>, &'a [Grant])>,
+}
+
+// === impl Compilation ===
+
+impl Compilation {
+    /// Whether any file has an error.
+    pub fn has_errors(&self) -> bool {
+        self.findings.iter().any(Finding::is_error)
+    }
+
+    /// The tables of an agent.
+    pub fn agent(&self, id: &str) -> Option<&AgentTables> {
+        self.agents.iter().find(|agent| agent.id == id)
+    }
+}
+
+/// Compiles a registry at the wall-clock time `now`. An agent is in the result only if its own
+/// file and the sets that it uses have no error; a bad file takes no other agent away. A floor
+/// with errors is an error, and the agents are compiled with what of it is readable.
+pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
+    let files: Vec<SourceFile<'_>> = sources.iter().map(SourceFile::new).collect();
+    let of = |kind: SourceKind| files.iter().filter(move |file| file.source.kind == kind);
+
+    let mut floor_findings = Vec::new();
+    let mut floors: Vec<(&SourceFile<'_>, Vec<Grant>)> = Vec::new();
+    for file in of(SourceKind::Floor) {
+        let (document, mut notes) = document::parse(file, FloorDocument::read);
+        floors.push((file, validate::floor(&document, &mut notes)));
+        floor_findings.push(notes.findings);
+    }
+    let mut drawers: Vec<Drawer<'_>> = of(SourceKind::Set)
+        .map(|file| read_set(file, now))
+        .collect();
+    let mut desks: Vec<Desk<'_>> = of(SourceKind::Agent)
+        .map(|file| read_agent(file, now))
+        .collect();
+
+    check_sets(&mut drawers, &floors);
+    let mut surroundings = Surroundings {
+        shelves: shelves(&drawers),
+        floors: floors
+            .iter()
+            .map(|(file, grants)| (*file, grants.as_slice()))
+            .collect(),
+    };
+    spread_breakage(&mut surroundings.shelves);
+    for ((file, grants), findings) in floors.iter().zip(&mut floor_findings) {
+        findings.extend(link::missing_sets(file, grants, &surroundings.shelves));
+    }
+    let lowered: Vec<(Flat, Lowered, Lowered)> = desks
+        .iter_mut()
+        .map(|desk| lower_agent(desk, &surroundings))
+        .collect();
+    check_neighbours(&mut desks);
+
+    let mut compilation = Compilation {
+        agents: Vec::new(),
+        registry: Vec::new(),
+        approvals: Vec::new(),
+        sets: Vec::new(),
+        unregistered: unregistered(&surroundings),
+        findings: Vec::new(),
+    };
+    let mut users: BTreeMap<Id, Vec<String>> = BTreeMap::new();
+    let mut done = Vec::new();
+    for (desk, (flat, reach, serve)) in desks.into_iter().zip(lowered) {
+        let stem = desk.file.source.stem();
+        let mut findings = desk.findings;
+        document::without_consequences(&mut findings);
+        let used = used_sets(&desk.checked.scope, &surroundings.shelves);
+        let whole = used.iter().all(|name| {
+            users.entry(name.clone()).or_default().push(stem.clone());
+            surroundings
+                .shelves
+                .get(name)
+                .is_some_and(|shelf| !shelf.broken)
+        });
+        let sound = whole && !findings.iter().any(Finding::is_error);
+        if let Some(agent) = desk.checked.agent.filter(|_| sound) {
+            let scope = &desk.checked.scope;
+            let (approval, hash) = hashes(&agent, scope, &surroundings);
+            let state = state(&agent, &approval, desk.file, &mut findings);
+            let tables = AgentTables {
+                state,
+                hash,
+                ..tables(&agent, scope, desk.file, flat, reach, serve)
+            };
+            done.push((agent, tables, approval));
+        }
+        compilation.keep(findings, &[stem]);
+    }
+    done.sort_by(|left, right| left.0.id.cmp(&right.0.id));
+    for (agent, tables, approval) in done {
+        compilation.registry.push(agent);
+        compilation.agents.push(tables);
+        compilation.approvals.push(approval);
+    }
+    let mut taken = BTreeSet::new();
+    for drawer in drawers {
+        let first = drawer.name.filter(|name| taken.insert(name.clone()));
+        compilation
+            .sets
+            .extend(drawer.set.filter(|_| first.is_some()));
+        let users = first
+            .and_then(|name| users.remove(&name))
+            .unwrap_or_default();
+        compilation.keep(drawer.findings, &users);
+    }
+    for mut findings in floor_findings {
+        document::without_consequences(&mut findings);
+        compilation.keep(findings, &[]);
+    }
+    compilation.findings.sort_by(|left, right| {
+        let key = |each: &Finding| (each.span.start, each.severity, each.span.end);
+        left.file
+            .cmp(&right.file)
+            .then_with(|| key(left).cmp(&key(right)))
+    });
+    compilation
+}
+
+impl Compilation {
+    fn keep(&mut self, findings: Vec<Finding>, agents: &[String]) {
+        let about = findings.into_iter().map(|finding| Finding {
+            agents: agents.to_vec(),
+            ..finding
+        });
+        self.findings.extend(about);
+    }
+}
+
+fn read_set<'a>(file: &'a SourceFile<'a>, now: UnixMillis) -> Drawer<'a> {
+    let (document, mut notes) = document::parse(file, SetDocument::read);
+    let stem = file.source.stem();
+    let (set, allow) = validate::set(&document, &stem, now, &mut notes);
+    Drawer {
+        file,
+        name: stem.parse().ok(),
+        set,
+        allow,
+        findings: notes.findings,
+    }
+}
+
+fn read_agent<'a>(file: &'a SourceFile<'a>, now: UnixMillis) -> Desk<'a> {
+    let (document, mut notes) = document::parse(file, AgentDocument::read);
+    let checked = validate::agent(&document, &file.source.stem(), now, &mut notes);
+    let id_span = document.id.map(|id| id.span);
+    Desk {
+        file,
+        checked,
+        id_span,
+        findings: notes.findings,
+    }
+}
+
+/// The first of each name.
+fn shelves<'a>(drawers: &'a [Drawer<'a>]) -> Shelves<'a> {
+    let mut shelves = Shelves::new();
+    for drawer in drawers {
+        if let Some(name) = &drawer.name {
+            let broken = drawer.findings.iter().any(Finding::is_error);
+            let shelf = Shelf {
+                file: drawer.file,
+                allow: &drawer.allow,
+                broken,
+            };
+            shelves.entry(name.clone()).or_insert(shelf);
+        }
+    }
+    shelves
+}
+
+/// A set is broken too if one that it includes is.
+fn spread_breakage(shelves: &mut Shelves<'_>) {
+    let broken =
+        |name: &Id, shelves: &Shelves<'_>| shelves.get(name).is_none_or(|shelf| shelf.broken);
+    let affected: Vec<Id> = shelves
+        .iter()
+        .filter(|(_, shelf)| {
+            link::included(shelf.allow, shelves)
+                .iter()
+                .any(|inner| broken(inner, shelves))
+        })
+        .map(|(name, _)| name.clone())
+        .collect();
+    for name in affected {
+        if let Some(shelf) = shelves.get_mut(&name) {
+            shelf.broken = true;
+        }
+    }
+}
+
+/// What is wrong with sets besides their own text.
+fn check_sets(drawers: &mut [Drawer<'_>], floors: &[(&SourceFile<'_>, Vec<Grant>)]) {
+    let found: Vec<Vec<Finding>> = {
+        let shelves = shelves(drawers);
+        let floors: Vec<_> = floors
+            .iter()
+            .map(|(file, grants)| (*file, grants.as_slice()))
+            .collect();
+        let check = |drawer: &Drawer<'_>| {
+            let mut findings = link::missing_sets(drawer.file, &drawer.allow, &shelves);
+            if let Some(name) = &drawer.name {
+                findings.extend(link::circles(drawer.file, name, &drawer.allow, &shelves));
+            }
+            let scope = Scope {
+                allow: drawer.allow.clone(),
+                ..Scope::default()
+            };
+            let flat = Flat::new(drawer.file, "", &scope, &shelves, &floors);
+            let lowered = lower(&flat.reach, &flat.expires, RULES);
+            findings.extend(dead_grants(drawer.file, "", &scope, &flat, &lowered));
+            findings
+        };
+        drawers.iter().map(check).collect()
+    };
+    for (drawer, found) in drawers.iter_mut().zip(found) {
+        drawer.findings.extend(found);
+        document::without_consequences(&mut drawer.findings);
+    }
+}
+
+/// What is wrong between agents.
+fn check_neighbours(desks: &mut [Desk<'_>]) {
+    let found: Vec<link::Indexed> = {
+        let neighbours: Vec<Neighbour<'_>> = desks
+            .iter()
+            .map(|desk| Neighbour {
+                file: desk.file,
+                id: desk
+                    .checked
+                    .agent
+                    .as_ref()
+                    .map(|agent| agent.id.clone())
+                    .zip(desk.id_span.clone()),
+                claims: &desk.checked.claims,
+                sound: !desk.findings.iter().any(Finding::is_error),
+            })
+            .collect();
+        let mut found = link::duplicate_ids(&neighbours);
+        found.extend(link::conflicting_claims(&neighbours));
+        found
+    };
+    for (index, finding) in found {
+        if let Some(desk) = desks.get_mut(index) {
+            desk.findings.push(finding);
+        }
+    }
+}
+
+fn used_sets(scope: &Scope, shelves: &Shelves<'_>) -> BTreeSet<Id> {
+    let mut used = link::included(&scope.allow, shelves);
+    used.extend(link::included(&scope.deny, shelves));
+    used
+}
+
+/// Lowers an agent's scope, also of a file with errors: what can be said about it is said.
+fn lower_agent(desk: &mut Desk<'_>, around: &Surroundings<'_>) -> (Flat, Lowered, Lowered) {
+    let scope = &desk.checked.scope;
+    for grants in [&scope.allow, &scope.deny] {
+        desk.findings
+            .extend(link::missing_sets(desk.file, grants, &around.shelves));
+    }
+    let flat = Flat::new(desk.file, "scope.", scope, &around.shelves, &around.floors);
+    let reach = lower(&flat.reach, &flat.expires, RULES);
+    let serve = lower(&flat.serve, &flat.expires, RULES);
+    desk.findings
+        .extend(dead_grants(desk.file, "scope.", scope, &flat, &reach));
+    for lowered in [&reach, &serve] {
+        desk.findings.extend(overfull(desk.file, &flat, lowered));
+    }
+    (flat, reach, serve)
+}
+
+/// Grants of which nothing takes effect.
+fn dead_grants(
+    file: &SourceFile<'_>,
+    prefix: &str,
+    scope: &Scope,
+    flat: &Flat,
+    lowered: &Lowered,
+) -> Vec<Finding> {
+    let mut notes = Notes::new(file);
+    for opened in flat.opened.iter().filter(|opened| opened.whole) {
+        let Some(grant) = scope.allow.get(opened.position) else {
+            continue;
+        };
+        let range = opened.first as usize..opened.end as usize;
+        let live = lowered.live.get(range.clone()).unwrap_or_default();
+        if live.contains(&true) {
+            continue;
+        }
+        let name = format!("`{prefix}allow[{}]`", grant.index);
+        let blockers = lowered.blocked_by.get(range).unwrap_or_default();
+        let blocker = blockers
+            .iter()
+            .flatten()
+            .next()
+            .and_then(|at| flat.entries.get(*at as usize));
+        let Some(blocker) = blocker else {
+            let message = format!("{name} can never take effect: it shares no port with the set");
+            notes.error(
+                &grant.span,
+                message,
+                "a set grants its own ports at most: see its file",
+            );
+            continue;
+        };
+        let message = format!(
+            "{name} can never take effect: it lies inside `{}` ({})",
+            blocker.name, blocker.text
+        );
+        let place = if blocker.file.is_empty() {
+            String::new()
+        } else {
+            format!(" ({}:{})", blocker.file, blocker.line)
+        };
+        let help = if blocker.name.starts_with("floor.") {
+            "the floor gives way to a grant of an exact address only: name the address, or remove \
+             the entry"
+                .to_owned()
+        } else {
+            format!(
+                "denials beat grants: remove the entry, or narrow `{}`{place}",
+                blocker.name
+            )
+        };
+        notes.error(&grant.span, message, help);
+    }
+    notes.findings
+}
+
+/// The first prefix with more rules than the kernel's tables take.
+fn overfull(file: &SourceFile<'_>, flat: &Flat, lowered: &Lowered) -> Option<Finding> {
+    let (prefix, count, entries) = lowered.overfull.first()?;
+    let names = entries
+        .iter()
+        .filter_map(|at| flat.entries.get(*at as usize));
+    let names: Vec<String> = names.map(|entry| format!("`{}`", entry.name)).collect();
+    let more = names.len().saturating_sub(NAMED);
+    let shown = names
+        .iter()
+        .take(NAMED)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let tail = if more == 0 {
+        String::new()
+    } else {
+        format!(" and {more} more")
+    };
+    let spans = entries
+        .iter()
+        .filter_map(|at| flat.spans.get(*at as usize).cloned().flatten());
+    let span = spans.min_by_key(|span| span.start).unwrap_or(0..0);
+    let message = format!(
+        "{} needs {count} port rules, more than {RULES}, from {shown}{tail}",
+        quoted(&show(prefix))
+    );
+    let help = "join neighbouring ports into ranges, or grant \"any/tcp\" there";
+    Some(Finding::new(Severity::Error, file, &span, message).help(help))
+}
+
+/// A prefix as people write it.
+fn show(prefix: &tables::Prefix) -> String {
+    let mapped = prefix.addr.is_v4() && prefix.len >= 96;
+    let len = if mapped { prefix.len - 96 } else { prefix.len };
+    format!("{}/{len}", std::net::IpAddr::from(prefix.addr))
+}
+
+/// The hash that an approval covers, and the hash of all that is in force.
+fn hashes(agent: &Agent, scope: &Scope, around: &Surroundings<'_>) -> (String, String) {
+    let mut canonical = Canonical::default();
+    canonical.agent(agent, scope);
+    for name in used_sets(scope, &around.shelves) {
+        canonical.set(
+            &name,
+            around.shelves.get(&name).map_or(&[], |shelf| shelf.allow),
+        );
+    }
+    let approval = canonical.hash();
+    for (_, grants) in &around.floors {
+        canonical.floor(grants);
+    }
+    (approval, canonical.hash())
+}
+
+/// The state in force: what was not approved as it stands is a draft.
+fn state(
+    agent: &Agent,
+    approval: &str,
+    file: &SourceFile<'_>,
+    findings: &mut Vec<Finding>,
+) -> State {
+    let state = agent.lifecycle.state;
+    match &agent.lifecycle.approved_hash {
+        Some((approved, span)) if state == State::Active && approved != approval => {
+            let message = "the entry is not what was approved: it counts as a draft";
+            let help = format!("approve it again; the hash is now {approval}");
+            findings.push(Finding::warning(file, span, message).help(help));
+            State::Draft
+        }
+        _ => state,
+    }
+}
+
+fn tables(
+    agent: &Agent,
+    scope: &Scope,
+    file: &SourceFile<'_>,
+    flat: Flat,
+    reach: Lowered,
+    serve: Lowered,
+) -> AgentTables {
+    AgentTables {
+        id: agent.id.to_string(),
+        name: agent.name.clone(),
+        owner: agent.owner.clone(),
+        approval_ref: agent.lifecycle.approval_ref.clone(),
+        file: file.source.path.clone(),
+        hash: String::new(),
+        state: agent.lifecycle.state,
+        mode: scope.mode,
+        loopback: scope.loopback,
+        sockets: flat.sockets,
+        not_before: agent.lifecycle.not_before,
+        expires: agent.lifecycle.expires,
+        selectors: agent
+            .selectors
+            .iter()
+            .map(|selector| selector.as_str().into())
+            .collect(),
+        scope: tables::Scope {
+            reach: reach.placed,
+            serve: serve.placed,
+        },
+        entries: flat.entries,
+    }
+}
+
+fn unregistered(around: &Surroundings<'_>) -> AgentTables {
+    let source = Source {
+        path: PathBuf::new(),
+        text: String::new(),
+        kind: SourceKind::Agent,
+    };
+    let file = SourceFile::new(&source);
+    let nothing = Scope {
+        loopback: Loopback::None,
+        ..Scope::default()
+    };
+    let mut canonical = Canonical::default();
+    for (_, grants) in &around.floors {
+        canonical.floor(grants);
+    }
+    let flat = {
+        let floors: Vec<_> = around
+            .floors
+            .iter()
+            .map(|(file, grants)| (&**file, *grants))
+            .collect();
+        Flat::new(&file, "scope.", &nothing, &around.shelves, &floors)
+    };
+    let reach = lower(&flat.reach, &flat.expires, RULES).placed;
+    AgentTables {
+        id: UNREGISTERED_ID.into(),
+        name: "Processes that no agent claims".into(),
+        owner: String::new(),
+        approval_ref: None,
+        file: PathBuf::new(),
+        hash: canonical.hash(),
+        state: State::Unregistered,
+        mode: Mode::Enforce,
+        loopback: Loopback::None,
+        sockets: 0,
+        not_before: None,
+        expires: None,
+        selectors: Vec::new(),
+        scope: tables::Scope {
+            reach,
+            serve: Vec::new(),
+        },
+        entries: flat.entries,
+    }
+}
