@@ -487,7 +487,10 @@ mod tests {
         fs::write(file, sleeper.id().to_string()).unwrap();
 
         assert_eq!(hierarchy.cgroup_of(sleeper.id()).unwrap(), leaf);
-        assert_eq!(hierarchy.processes(&sandbox.path, false).unwrap(), []);
+        assert_eq!(
+            hierarchy.processes(&sandbox.path, false).unwrap(),
+            Vec::<u32>::new()
+        );
         assert_eq!(
             hierarchy.processes(&sandbox.path, true).unwrap(),
             [sleeper.id()]
