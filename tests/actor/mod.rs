@@ -93,6 +93,8 @@ pub enum Op {
         data: Vec<u8>,
         millis: u64,
     },
+    /// Whether a descriptor that it did not open itself is there: EBADF if not.
+    Inherited { fd: i32 },
     /// Its own process id.
     Pid,
     /// Leaves a child behind in a session of its own, whose parent has gone; its process id.
@@ -252,6 +254,10 @@ impl Actor {
                 data,
                 millis,
             } => flood(self.socket(*id)?, *addr, data, *millis),
+            Op::Inherited { fd } => {
+                // SAFETY: asks for the flags of a number, whatever it stands for.
+                Errno::result(unsafe { libc::fcntl(*fd, libc::F_GETFD) }).map(|_| value(0))
+            }
             Op::Pid => Ok(Reply {
                 value: i64::from(std::process::id()),
                 ..Reply::default()

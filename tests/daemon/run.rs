@@ -4,6 +4,11 @@
 use std::{
     ffi::OsString,
     fs,
+    net::UdpSocket,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::PathBuf,
     process::{Command, Stdio},
 };
@@ -154,16 +159,40 @@ pub fn cases() -> Vec<Case> {
             expect("exit code", actor.finish()?, 0)?;
             world.nothing_stays()
         }),
-        Case::new("run::inherits_no_socket", |ctx| {
+        Case::new("run::hands_on_no_socket", |ctx| {
             let world = World::lay(ctx)?;
-            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-            let mut command = world.command(&["exit", "0"])?;
-            command.stdin(std::os::fd::OwnedFd::from(theirs));
-            let said = command.output()?;
-            drop(ours);
-            claim(!said.status.success() || said.stderr.is_empty(), || {
-                format!("{said:?}")
-            })?;
+            let outside = UdpSocket::bind("0.0.0.0:0")?;
+            let (from, to) = (outside.as_raw_fd(), 9);
+            let orders = serde_json::to_string(&[Op::Inherited { fd: to }])?;
+            let mut command = world.command(&["probe", &orders])?;
+            let leave_open = move || {
+                // SAFETY: two numbers; the copy has no close-on-exec.
+                nix::errno::Errno::result(unsafe { libc::dup2(from, to) })?;
+                Ok(())
+            };
+            // SAFETY: a system call on numbers, in a child of a process with one thread.
+            unsafe { command.pre_exec(leave_open) };
+            let said = remit::output(&mut command)?;
+            expect("exit code", said.code, 0).with_context(|| said.stderr.clone())?;
+            let first = said.stdout.lines().next().unwrap_or_default();
+            let replies: Vec<Reply> = serde_json::from_str(first)?;
+            let found = replies.first().context("no answer")?.errno;
+            expect("errno on the inherited descriptor", found, libc::EBADF)?;
+            world.nothing_stays()
+        }),
+        Case::new("run::a_socket_as_stdin_starts_nothing", |ctx| {
+            let world = World::lay(ctx)?;
+            // The same without the socket starts: it is the socket that is refused.
+            expect("exit code", world.run(&["probe", "[]"])?.code, 0)?;
+            let outside = UdpSocket::bind("0.0.0.0:0")?;
+            let mut command = world.command(&["probe", "[]"])?;
+            let said = command.stdin(OwnedFd::from(outside)).output()?;
+            claim(!said.status.success(), || "it ran".to_owned())?;
+            expect("output of the command", said.stdout.is_empty(), true)?;
+            claim(
+                String::from_utf8_lossy(&said.stderr).contains("stdin"),
+                || format!("the message does not say why: {said:?}"),
+            )?;
             world.nothing_stays()
         }),
         Case::new("run::as_a_registered_agent", |ctx| {
