@@ -41,7 +41,7 @@ fn main() -> ExitCode {
 
 /// All cases, in the order in which they run.
 fn cases() -> Vec<harness::Case> {
-    let mut cases = Vec::new();
+    let mut cases = harness::faulty::cases();
     cases.extend(kernel::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());

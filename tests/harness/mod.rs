@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+pub mod faulty;
 mod need;
 mod runner;
 mod sweep;
