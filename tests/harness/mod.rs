@@ -58,7 +58,7 @@ impl Case {
         Self {
             name: name.into(),
             needs: vec![Need::Root, Need::CgroupV2, Need::Remit],
-            deadline: Duration::from_secs(60),
+            deadline: Duration::from_secs(40),
             run: Box::new(run),
         }
     }
