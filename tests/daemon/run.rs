@@ -7,7 +7,7 @@ use std::{
     net::UdpSocket,
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
     },
     path::PathBuf,
     process::{Command, Stdio},
@@ -206,11 +206,11 @@ pub fn cases() -> Vec<Case> {
                 .stdout(Stdio::piped());
             let mut actor = Actor::start(command)?;
             let pid = actor.must(&Op::Pid)?;
-            let procs = fs::read_to_string(fx.cgroup("alpha")?.path().join("cgroup.procs"))?;
-            claim(
-                procs.lines().any(|line| line == pid.to_string()) || below(&fx, pid)?,
-                || "the command is not in the agent's cgroup".to_owned(),
-            )?;
+            let known = fx.place().status()?.cgroups("alpha")?;
+            let own = cgroup_of(pid)?;
+            claim(known.contains(&own), || {
+                format!("cgroup {own} of the command is not the agent's: {known:?}")
+            })?;
             for way in Way::MAIN {
                 let to = Family::V4.pick(IN_V4, IN_V6, 443)?;
                 fx.arrives(&mut actor, way, Family::V4, to)?;
@@ -402,16 +402,12 @@ fn alive(pid: Pid) -> bool {
         .unwrap_or(false)
 }
 
-/// Whether a process is in a cgroup below the agent's.
-fn below(fx: &Fixture, pid: usize) -> Result<bool> {
+/// Id of the cgroup that a process is in.
+fn cgroup_of(pid: usize) -> Result<u64> {
     let place = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let own = fx.cgroup("alpha")?.path().to_owned();
-    let name = own
-        .file_name()
-        .and_then(|name| name.to_str())
-        .context("no name")?
-        .to_owned();
-    Ok(place
+    let path = place
         .lines()
-        .any(|line| line.starts_with("0::") && line.contains(&format!("/{name}"))))
+        .find_map(|line| line.strip_prefix("0::/"))
+        .context("no cgroup")?;
+    Ok(fs::metadata(cgroup::mount()?.join(path))?.ino())
 }
