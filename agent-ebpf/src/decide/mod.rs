@@ -16,7 +16,7 @@
 //! | 7 | rule is deny                                         | deny `denied`                    |
 //! | 8 | rule is allow, before its deadline                   | allow                            |
 //! | 9 | egress, a served port and client, not a TCP opening  | allow, not cached                |
-//! | 10| loopback: mode any; or own, and the peer is the agent's or nobody | allow, not cached   |
+//! | 10| loopback: mode any; or own, and the peer is the agent's (or gone, for the tail of a TCP connection) | allow, not cached |
 //! | 11| loopback otherwise                                   | deny `loopback_foreign`          |
 //! | 12| rule is allow, past its deadline                     | deny `expired`                   |
 //! | 13| the pseudo-agent                                     | deny `unregistered`              |
@@ -55,7 +55,7 @@ pub struct Attempt {
 /// Whose socket a loopback attempt would reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// Nobody's: the kernel answers with a reset or an ICMP error, so nothing is reached.
+    /// Nobody's: nothing is bound there.
     Nobody,
     /// The agent's own.
     Own,
@@ -113,6 +113,7 @@ struct Found {
     effect: u8,
 }
 
+const IPPROTO_TCP: u8 = 6;
 /// TCP flags (RFC 9293, section 3.1).
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
@@ -225,7 +226,12 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
 
     if loopback(&attempt.addr) != 0 && row.state == State::Active as u8 {
         let reachable = row.loopback == Loopback::Any as u8
-            || row.loopback == Loopback::Own as u8 && !matches!(rules.peer(attempt), Peer::Foreign);
+            || row.loopback == Loopback::Own as u8
+                && match rules.peer(attempt) {
+                    Peer::Own => true,
+                    Peer::Foreign => false,
+                    Peer::Nobody => is_tail(attempt),
+                };
         if reachable {
             return now(LOOPBACK_ENTRY);
         }
@@ -241,6 +247,16 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         return lift(row, Reason::Unregistered, NO_ENTRY);
     }
     lift(row, Reason::OutOfScope, NO_ENTRY)
+}
+
+/// Whether an attempt belongs to a TCP connection that was let through: its last segments find
+/// nobody when the other end has closed, and are harmless. What opens something is refused where
+/// nobody listens, since nothing there is the agent's own.
+#[inline(always)]
+const fn is_tail(attempt: &Attempt) -> bool {
+    matches!(attempt.hook, Hook::Egress)
+        && attempt.protocol == IPPROTO_TCP
+        && attempt.tcp_flags & (SYN | ACK) != SYN
 }
 
 /// [`Addr::embedded_v4`] as a function of its own: see [`find`]. Returns whether there is one.

@@ -269,5 +269,8 @@ fn watch_files(settings: &Settings) -> io::Result<AsyncFd<Inotify>> {
     {
         inotify.watches().add(folder, mask)?;
     }
-    AsyncFd::register(inotify)
+    // SAFETY: the descriptor lives in the `Inotify` that is handed over, and nothing closes or
+    // replaces it before the `AsyncFd` around it is dropped.
+    let registered = unsafe { AsyncFd::register(inotify) };
+    Ok(registered?)
 }
