@@ -107,9 +107,9 @@ pub enum SelectorError {
     /// No leading slash.
     #[error("the cgroup path {} does not start with `/`", quoted(.0))]
     Relative(String),
-    /// `/` itself.
-    #[error("`/` would claim every process of the host")]
-    Top,
+    /// `/` itself, or stars alone.
+    #[error("{} would claim every process of the host", quoted(.0))]
+    Top(String),
     /// `//`, a trailing slash, `.` or `..`.
     #[error("the cgroup path {} has an empty, `.` or `..` level", quoted(.0))]
     Level(String),
@@ -371,7 +371,7 @@ impl FromStr for Selector {
             return Err(SelectorError::Relative(text.into()));
         }
         if text == "/" {
-            return Err(SelectorError::Top);
+            return Err(SelectorError::Top(text.into()));
         }
         if levels(text).any(|level| matches!(level, "" | "." | "..")) {
             return Err(SelectorError::Level(text.into()));
@@ -391,7 +391,7 @@ impl FromStr for Selector {
             return Err(refuse("it has control characters"));
         }
         if levels(text).all(|level| level.bytes().all(|byte| byte == b'*')) {
-            return Err(SelectorError::Top);
+            return Err(SelectorError::Top(text.into()));
         }
         if levels(text).any(|level| level.contains("**") && level != "**") {
             return Err(refuse("`**` has to be a level of its own"));
@@ -455,7 +455,7 @@ impl SelectorError {
     pub fn help(&self) -> &'static str {
         match self {
             Self::Relative(_) => "paths count from the cgroup v2 mount: `/agents.slice/x.service`",
-            Self::Top => {
+            Self::Top(_) => {
                 "name a cgroup below one of the enforced roots, such as \
                           `/agents.slice/x.service`"
             }
