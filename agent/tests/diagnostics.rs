@@ -4,6 +4,11 @@
 //!
 //! A mistake that takes several files is a folder with `agents/`, `sets/` and `floor.toml`.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot read its input has failed"
+)]
+
 use std::{
     fs,
     path::{Path, PathBuf},

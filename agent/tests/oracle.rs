@@ -4,6 +4,11 @@
 //!
 //! `PROPTEST_CASES` sets how many scopes are tried, each with [`QUESTIONS`] questions.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot read its input has failed"
+)]
+
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

@@ -1,5 +1,10 @@
 //! Every sample in `policies/` compiles, and none gives anybody anything to complain about.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot read its input has failed"
+)]
+
 use std::{fs, net::IpAddr, path::Path};
 
 use remit::policy::{
