@@ -557,3 +557,185 @@ fn unregistered(around: &Surroundings<'_>) -> AgentTables {
         entries: flat.entries,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: UnixMillis = 1_790_812_800_000;
+
+    fn source(path: &str, kind: SourceKind, text: impl Into<String>) -> Source {
+        Source {
+            path: path.into(),
+            text: text.into(),
+            kind,
+        }
+    }
+
+    fn agent(id: &str, lifecycle: &str, scope: &str) -> Source {
+        let text = format!(
+            "schema = 1\n[agent]\nid = \"{id}\"\nowner = \"o\"\n[lifecycle]\nstate = \"active\"\n\
+             approved_by = \"p\"\nexpires = 2027-12-31T00:00:00Z\n{lifecycle}\n[selector]\n\
+             cgroup = [\"/r/{id}\"]\n{scope}"
+        );
+        source(&format!("{id}.toml"), SourceKind::Agent, text)
+    }
+
+    fn set(folder: &str, name: &str, to: &str) -> Source {
+        let text = format!(
+            "schema = 1\n[set]\nname = \"{name}\"\n[[allow]]\nto = \"{to}\"\nports = [443]\n"
+        );
+        source(&format!("{folder}/{name}.toml"), SourceKind::Set, text)
+    }
+
+    const USE: &str = "[[scope.allow]]\nto = \"@s\"\nports = [443]\n";
+
+    fn ids(compilation: &Compilation) -> Vec<&str> {
+        compilation
+            .agents
+            .iter()
+            .map(|agent| agent.id.as_str())
+            .collect()
+    }
+
+    #[test]
+    fn a_bad_set_takes_away_only_those_that_use_it() {
+        let sources = [
+            agent("uses", "", USE),
+            agent("not", "", ""),
+            set("sets", "s", "10.0.0.1/8"),
+        ];
+        let compilation = compile(&sources, NOW);
+        assert_eq!(ids(&compilation), ["not"]);
+        assert_eq!(compilation.findings.len(), 1);
+        assert_eq!(compilation.findings[0].agents, ["uses"]);
+    }
+
+    #[test]
+    fn a_set_is_bad_if_one_that_it_includes_is() {
+        let sources = [
+            agent("uses", "", USE),
+            set("sets", "s", "@inner"),
+            set("sets", "inner", "x"),
+        ];
+        assert!(ids(&compile(&sources, NOW)).is_empty());
+    }
+
+    #[test]
+    fn the_first_set_of_a_name_counts_even_if_it_is_bad() {
+        let good = [
+            agent("a", "", USE),
+            set("etc", "s", "10.0.0.1"),
+            set("usr", "s", "10.0.0.1/8"),
+        ];
+        let compilation = compile(&good, NOW);
+        assert_eq!(ids(&compilation), ["a"]);
+        assert_eq!(
+            compilation.agents[0].entries[0].text,
+            "10.0.0.1 443/tcp via scope.allow[0]"
+        );
+        let [agent, first, second] = good;
+        assert!(ids(&compile(&[agent, second, first], NOW)).is_empty());
+    }
+
+    #[test]
+    fn a_bad_floor_leaves_the_agents_and_what_of_it_is_readable() {
+        let floor = "schema = 1\n[[deny]]\nto = \"nonsense\"\n[[deny]]\nto = \"10.9.9.9\"\n";
+        let sources = [
+            agent("a", "", ""),
+            source("floor.toml", SourceKind::Floor, floor),
+        ];
+        let compilation = compile(&sources, NOW);
+        assert!(compilation.has_errors());
+        let names = |tables: &AgentTables| {
+            tables
+                .entries
+                .iter()
+                .map(|entry| entry.name.clone())
+                .collect::<Vec<_>>()
+        };
+        assert!(names(&compilation.agents[0]).contains(&"floor.deny[1]".into()));
+        assert!(names(&compilation.unregistered).contains(&"floor.builtin[0]".into()));
+    }
+
+    #[test]
+    fn an_approved_entry_is_active_until_it_or_a_set_changes() {
+        let plain = [agent("a", "", USE), set("sets", "s", "10.0.0.0/8")];
+        let approval = compile(&plain, NOW).approvals[0].clone();
+        let approved = format!("approved_hash = \"{approval}\"");
+        let state = |sources: &[Source]| compile(sources, NOW).agents[0].state;
+        let entry = agent("a", &approved, USE);
+        assert_eq!(
+            state(&[entry.clone(), set("sets", "s", "10.0.0.0/8")]),
+            State::Active
+        );
+        assert_eq!(
+            state(&[entry.clone(), set("sets", "s", "0.0.0.0/0")]),
+            State::Draft
+        );
+        let wider = format!("{USE}[[scope.allow]]\nto = \"192.0.2.1\"\nports = [1]\n");
+        let changed = agent("a", &approved, &wider);
+        assert_eq!(
+            state(&[changed, set("sets", "s", "10.0.0.0/8")]),
+            State::Draft
+        );
+        let floor = source(
+            "floor.toml",
+            SourceKind::Floor,
+            "schema = 1\n[[deny]]\nto = \"10.9.9.9\"\n",
+        );
+        assert_eq!(
+            state(&[entry, set("sets", "s", "10.0.0.0/8"), floor]),
+            State::Active
+        );
+    }
+
+    #[test]
+    fn the_hash_is_of_what_is_said_and_not_of_how() {
+        let hash = |sources: &[Source]| compile(sources, NOW).agents[0].hash.clone();
+        let plain = agent("a", "", USE);
+        let set_file = set("sets", "s", "10.0.0.0/8");
+        let mut commented = plain.clone();
+        commented.text = format!(
+            "# a comment\n\n{}",
+            commented.text.replace("[443]", "[ \"443/tcp\" ]")
+        );
+        let before = hash(&[plain.clone(), set_file.clone()]);
+        assert_eq!(before, hash(&[commented, set_file.clone()]));
+        assert_ne!(
+            before,
+            hash(&[plain.clone(), set("sets", "s", "10.0.0.0/9")])
+        );
+        let floor = source(
+            "floor.toml",
+            SourceKind::Floor,
+            "schema = 1\n[[deny]]\nto = \"10.9.9.9\"\n",
+        );
+        assert_ne!(before, hash(&[plain, set_file, floor]));
+    }
+
+    #[test]
+    fn a_claim_conflict_spares_an_agent_if_the_other_file_is_bad_anyway() {
+        let mut bad = agent("b", "", "");
+        bad.text = bad
+            .text
+            .replace("/r/b", "/r/a/below")
+            .replace("owner", "ovner");
+        let compilation = compile(&[agent("a", "", ""), bad], NOW);
+        assert_eq!(ids(&compilation), ["a"]);
+        let claims = |each: &&Finding| each.message.contains("claims");
+        assert_eq!(compilation.findings.iter().filter(claims).count(), 1);
+    }
+
+    #[test]
+    fn what_an_entry_includes_sets_the_sockets_it_has_a_use_for() {
+        use agent_ebpf::abi::{SOCKETS_ANY, SOCKETS_ICMP};
+        let sockets = |ports: &str| {
+            let scope = format!("[[scope.allow]]\nto = \"10.0.0.1\"\nports = [{ports}]\n");
+            compile(&[agent("a", "", &scope)], NOW).agents[0].sockets
+        };
+        assert_eq!(sockets("443"), 0);
+        assert_eq!(sockets("443, \"icmp\""), SOCKETS_ICMP);
+        assert_eq!(sockets("\"any\""), SOCKETS_ICMP | SOCKETS_ANY);
+    }
+}

@@ -88,7 +88,8 @@ pub fn conflicting_claims(neighbours: &[Neighbour<'_>]) -> Vec<Indexed> {
     for (at, (_, claim)) in claims.iter().enumerate() {
         if claim.value.is_pattern() {
             for (other, (_, theirs)) in claims.iter().enumerate() {
-                if foreign(at, other) && claim.value.overlaps(&theirs.value) {
+                let later = other > at || !theirs.value.is_pattern();
+                if later && foreign(at, other) && claim.value.overlaps(&theirs.value) {
                     meet(at, other);
                 }
             }
