@@ -165,3 +165,46 @@ fn a_bad_file_takes_no_other_agent_away() {
         );
     }
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig {
+        cases: 1_000,
+        failure_persistence: None,
+        ..Default::default()
+    })]
+
+    /// Whatever a file holds, the compiler ends, and its findings lie inside the file.
+    #[test]
+    fn no_text_is_too_broken(
+        edits in proptest::collection::vec(
+            (proptest::prelude::any::<proptest::sample::Index>(), 0..6_usize, 0..14_usize),
+            1..6,
+        ),
+        kind in 0..3_usize,
+    ) {
+        const BITS: [&str; 14] = [
+            "\"", "[", "]", "=", "\n", "[[scope.allow]]", "\u{fffd}ö", "{", "}", ",", "#", "\\", "'''",
+            "0.0.0.0/0",
+        ];
+        let (file, kind) = [
+            ("agents/billing-recon.toml", SourceKind::Agent),
+            ("sets/github.toml", SourceKind::Set),
+            ("floor.toml", SourceKind::Floor),
+        ][kind];
+        let mut text: Vec<char> =
+            fs::read_to_string(root().join("..").join(file)).unwrap().chars().collect();
+        for (at, removed, bit) in edits {
+            let at = at.index(text.len());
+            let end = (at + removed).min(text.len());
+            text.splice(at..end, BITS[bit].chars());
+        }
+        let text: String = text.into_iter().collect();
+        let lines = u32::try_from(text.lines().count() + 1).unwrap();
+        let sources = [Source { path: file.into(), text, kind }];
+        for finding in compile(&sources, NOW).findings {
+            proptest::prop_assert!((1..=lines).contains(&finding.line));
+            proptest::prop_assert!(finding.span.end <= sources[0].text.len());
+            proptest::prop_assert!(finding.to_string().contains('^'));
+        }
+    }
+}

@@ -6,8 +6,9 @@ use super::{
     expand::Shelves,
     finding::{Finding, did_you_mean, quoted},
     model::{Grant, Target},
-    name::{Id, Selector},
+    name::Id,
     reader::At,
+    selector::Selector,
     source::{SourceFile, Span},
 };
 
