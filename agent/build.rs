@@ -1,6 +1,11 @@
 //! Builds the BPF object that the daemon embeds. `AYA_BUILD_SKIP=1` leaves an empty one, so that
 //! every pure test runs on a machine without bpf-linker; the loader then says `ObjectMissing`.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a build script's variables are for the cargo that it starts"
+)]
+
 use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -18,6 +23,17 @@ fn main() -> Result<()> {
     if env::var_os("AYA_BUILD_SKIP").is_some_and(|skip| skip == "1" || skip == "true") {
         fs::write(&object, []).with_context(|| format!("cannot write {}", object.display()))?;
     }
+
+    // `cargo xtask` keeps the linker here, so that a plain `cargo build` works after it.
+    let tools = PathBuf::from("../target/tools/bin");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let searched = tools
+        .canonicalize()
+        .into_iter()
+        .chain(env::split_paths(&path));
+    let path = env::join_paths(searched).context("PATH cannot be extended")?;
+    // SAFETY: a build script's main thread, before any other thread exists.
+    unsafe { env::set_var("PATH", path) };
 
     // SAFETY: a build script's main thread, before any other thread exists. The variable lets the
     // child cargo use `-Z build-std` on the stable toolchain; it is set for nobody else.

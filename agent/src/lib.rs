@@ -12,4 +12,11 @@
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
+pub mod audit;
+pub mod cgroup;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod kernel;
+pub mod launch;
 pub mod policy;

@@ -1,3 +1,7 @@
 //! The `remit` command.
 
-fn main() {}
+use std::{env, process::ExitCode};
+
+fn main() -> ExitCode {
+    remit::cli::main(env::args_os())
+}

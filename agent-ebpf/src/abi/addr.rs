@@ -35,9 +35,8 @@ impl Addr {
     /// An address from its 16 octets in network byte order.
     pub const fn from_octets(octets: [u8; 16]) -> Self {
         // SAFETY: both are 16 bytes of plain data.
-        Self {
-            words: unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(octets) },
-        }
+        let words = unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(octets) };
+        Self { words }
     }
 
     /// The 16 octets in network byte order.

@@ -62,7 +62,7 @@ shared! {
         pub now: u64,
         /// Destination.
         pub addr: Addr,
-        /// The agent.
+        /// The agent; [`super::LAYOUT_QUESTION`] asks for the layout instead.
         pub agent: u32,
         /// Destination port.
         pub port: u16,
@@ -72,8 +72,8 @@ shared! {
         pub protocol: u8,
         /// A [`super::Hook`].
         pub hook: u8,
-        /// 1 for a TCP SYN without ACK.
-        pub opening: u8,
+        /// TCP's flags byte; 0 where there is none.
+        pub tcp_flags: u8,
         /// Who owns the loopback peer: 0 nobody, 1 the agent itself, 2 somebody else.
         pub peer: u8,
         /// Zero.

@@ -1,10 +1,10 @@
 //! Capacities and bounds, each with the reason for its number.
 
-/// Rules in one block. Disjoint port intervals of one address rarely exceed a handful; 16 keep a
-/// block under 400 bytes and the verifier's walk short.
-pub const RULES_PER_SET: usize = 16;
+/// Rules in one block (a power of two). Disjoint port intervals of one address rarely exceed a
+/// handful, and every look-up compares all slots of a block.
+pub const RULES_PER_SET: usize = 8;
 /// Blocks that one address may chain: 64 rules. The compiler refuses an address that needs more.
-pub const SETS_PER_ADDRESS: usize = 4;
+pub const SETS_PER_ADDRESS: usize = 8;
 /// Ancestors looked at. `cgroup.max.depth` can be larger, but a selector this deep is refused.
 pub const MAX_LEVELS: u32 = 32;
 /// Slots of the per-CPU allow cache (a power of two): 72 KiB a CPU.
@@ -29,3 +29,9 @@ pub const NO_ENTRY: u32 = u32::MAX;
 pub const LOOPBACK_ENTRY: u32 = u32::MAX - 1;
 /// A deadline that never comes.
 pub const NEVER: u64 = u64::MAX;
+/// `agent` of a question that asks for the layout: the answer's `row` is [`super::FINGERPRINT`] and
+/// its `entry` [`super::ABI_VERSION`], as the loaded object has them.
+pub const LAYOUT_QUESTION: u32 = u32::MAX;
+/// Bits of an agent's word (value of `agents`) that index `rows`; the rest is a generation, so that
+/// no two states of an agent ever have the same word.
+pub const ROW_INDEX_BITS: u32 = 24;

@@ -55,7 +55,7 @@ shared! {
         pub pad: [u8; 3],
     }
 
-    /// Value of `cache`: one remembered allow. `cgroup` is the tag: cleared first, written last.
+    /// Value of `cache`: one remembered allow.
     pub struct Slot {
         /// The cgroup that asked; 0 is an empty slot.
         pub cgroup: u64,
@@ -69,12 +69,15 @@ shared! {
         pub deadline: u64,
         /// The agent.
         pub agent: u32,
+        /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
+        /// between, on the CPU that owns the slot.
+        pub sequence: u32,
         /// Peer's port.
         pub port: u16,
         /// IP protocol.
         pub protocol: u8,
         /// Zero.
-        pub pad: u8,
+        pub pad: [u8; 5],
     }
 
     /// Value of `counters`, per CPU: never lost, whatever becomes of events.
@@ -127,6 +130,21 @@ shared! {
         pub tokens: u64,
     }
 
+    /// Value of `names`: which agent an index is, so that the kernel's state explains itself to a
+    /// daemon that adopts it.
+    pub struct AgentName {
+        /// The id, zero-padded; ids have at most 63 bytes.
+        pub bytes: [u8; 64],
+    }
+
+    /// Value of `tags`, in socket storage: whose a bound socket is.
+    pub struct Tag {
+        /// The agent.
+        pub agent: u32,
+        /// Zero.
+        pub pad: u32,
+    }
+
     /// Value of `owners`: who made or connected a socket, and what connect judged.
     pub struct Owner {
         /// Address that connect let through; zero when it was not asked.
@@ -152,3 +170,25 @@ pub const SOCKETS_ICMP: u8 = 1;
 pub const SOCKETS_ANY: u8 = 2;
 /// [`AgentRow::flags`]: the scope has clients to answer.
 pub const FLAG_SERVES: u8 = 1;
+
+impl Rule {
+    /// Fills the slots of a block that are not in use: its interval is empty, so it never matches.
+    pub const UNUSED: Self = Self {
+        deadline: 0,
+        entry: super::NO_ENTRY,
+        low: 1,
+        high: 0,
+        class: 0,
+        effect: 0,
+        pad: [0; 6],
+    };
+}
+
+impl RuleSet {
+    /// A block without rules.
+    pub const EMPTY: Self = Self {
+        len: 0,
+        next: 0,
+        rules: [Rule::UNUSED; RULES_PER_SET],
+    };
+}

@@ -173,6 +173,10 @@ words! {
 pub const REASONS: usize = 18;
 
 impl Class {
+    /// The class of each IP protocol number, as a byte: a look-up has no branches for the verifier
+    /// to follow.
+    pub const TABLE: &'static [u8; 256] = &CLASSES;
+
     /// The class of an IP protocol number.
     pub const fn of(protocol: u8) -> Self {
         match protocol {
@@ -188,3 +192,13 @@ impl Class {
         matches!(self, Self::Tcp | Self::Udp)
     }
 }
+
+static CLASSES: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut protocol = 0;
+    while protocol < 256 {
+        table[protocol] = Class::of(protocol as u8) as u8;
+        protocol += 1;
+    }
+    table
+};

@@ -30,7 +30,7 @@ pub mod socket;
 
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
-    NO_ENTRY, RULES_PER_SET, Reason, Rule, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -46,8 +46,8 @@ pub struct Attempt {
     pub protocol: u8,
     /// Which hook asks.
     pub hook: Hook,
-    /// A TCP SYN without ACK.
-    pub opening: bool,
+    /// TCP's flags byte; 0 where there is none.
+    pub tcp_flags: u8,
     /// Boot time in nanoseconds.
     pub now: u64,
 }
@@ -104,35 +104,40 @@ pub enum Decision {
     Fault(Cause),
 }
 
-/// What the rules of one address say.
+/// What the rules of one address say, in words that are plain numbers: see [`find`].
 #[derive(Clone, Copy)]
-enum Found {
-    Nothing,
-    Rule {
-        effect: Effect,
-        entry: u32,
-        deadline: u64,
-    },
-    Fault(Cause),
+struct Found {
+    deadline: u64,
+    entry: u32,
+    /// An [`Effect`], or one of the constants below.
+    effect: u8,
 }
+
+/// TCP flags (RFC 9293, section 3.1).
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+/// No rule matches.
+const NOTHING: u8 = 0;
+/// A row points to a block that is not there.
+const BROKEN: u8 = u8::MAX;
 
 /// The verdict on `attempt` by the agent with `row`.
 #[inline(always)]
 pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decision {
-    let (Some(state), Some(mode), Some(loopback)) = (
-        State::from_byte(row.state),
-        Mode::from_byte(row.mode),
-        Loopback::from_byte(row.loopback),
-    ) else {
+    // Plain comparisons instead of matching each word at once: the verifier follows every
+    // combination of words it has been shown, through all that comes after.
+    if row.state == 0 || row.mode == 0 || row.loopback == 0 {
         return Decision::Fault(Cause::NoRow);
-    };
-    let unlisted = match state {
-        State::Active => Reason::OutOfScope,
-        State::Unregistered => Reason::Unregistered,
-        State::Draft => return deny(Reason::Draft),
-        State::Suspended => return deny(Reason::Suspended),
-        State::Revoked => return deny(Reason::Revoked),
-    };
+    }
+    if row.state != State::Active as u8 && row.state != State::Unregistered as u8 {
+        return match State::from_byte(row.state) {
+            Some(State::Draft) => deny(Reason::Draft),
+            Some(State::Suspended) => deny(Reason::Suspended),
+            Some(State::Revoked) => deny(Reason::Revoked),
+            Some(State::Active | State::Unregistered) | None => Decision::Fault(Cause::NoRow),
+        };
+    }
     if attempt.now < row.not_before {
         return deny(Reason::NotYetValid);
     }
@@ -140,117 +145,120 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         return deny(Reason::Expired);
     }
 
-    let class = Class::of(attempt.protocol);
-    if let Some(inner) = attempt.addr.embedded_v4() {
-        match find(rules, row.policy, &inner, class, attempt.port) {
-            Found::Rule {
-                effect: Effect::Floor,
-                entry,
-                ..
-            } => {
-                return Decision::Deny {
-                    reason: Reason::Floor,
-                    entry,
-                };
-            }
-            Found::Rule {
-                effect: Effect::Deny,
-                entry,
-                ..
-            } => {
-                return lift(mode, Reason::Denied, entry);
-            }
-            Found::Rule {
-                effect: Effect::Allow,
-                ..
-            }
-            | Found::Nothing => {}
-            Found::Fault(cause) => return Decision::Fault(cause),
+    let class = Class::TABLE[attempt.protocol as usize];
+    let mut found = Found {
+        deadline: 0,
+        entry: NO_ENTRY,
+        effect: NOTHING,
+    };
+    let mut inner = attempt.addr;
+    if embedded(&attempt.addr, &mut inner) != 0 {
+        find(
+            rules,
+            row.policy,
+            &inner,
+            asked(class, attempt.port),
+            &mut found,
+        );
+        if found.effect == BROKEN {
+            return Decision::Fault(Cause::NoRuleSet);
+        }
+        if found.effect == Effect::Floor as u8 {
+            return Decision::Deny {
+                reason: Reason::Floor,
+                entry: found.entry,
+            };
+        }
+        if found.effect == Effect::Deny as u8 {
+            return lift(row, Reason::Denied, found.entry);
         }
     }
 
-    let mut expired = None;
-    match find(rules, row.policy, &attempt.addr, class, attempt.port) {
-        Found::Rule {
-            effect: Effect::Floor,
-            entry,
-            ..
-        } => {
+    let mut expired = NO_ENTRY;
+    find(
+        rules,
+        row.policy,
+        &attempt.addr,
+        asked(class, attempt.port),
+        &mut found,
+    );
+    match (found.effect, Effect::from_byte(found.effect)) {
+        (NOTHING, _) => {}
+        (_, Some(Effect::Floor)) => {
             return Decision::Deny {
                 reason: Reason::Floor,
-                entry,
+                entry: found.entry,
             };
         }
-        Found::Rule {
-            effect: Effect::Deny,
-            entry,
-            ..
-        } => {
-            return lift(mode, Reason::Denied, entry);
-        }
-        Found::Rule {
-            effect: Effect::Allow,
-            entry,
-            deadline,
-        } => {
-            if attempt.now < deadline {
-                let until = if deadline < row.deadline {
-                    deadline
+        (_, Some(Effect::Deny)) => return lift(row, Reason::Denied, found.entry),
+        (_, Some(Effect::Allow)) => {
+            if attempt.now < found.deadline {
+                let until = if found.deadline < row.deadline {
+                    found.deadline
                 } else {
                     row.deadline
                 };
-                let cacheable = class.has_ports();
                 return Decision::Allow {
-                    entry,
+                    entry: found.entry,
                     until,
-                    cacheable,
+                    cacheable: class <= Class::Udp as u8,
                 };
             }
-            expired = Some(entry);
+            expired = found.entry;
         }
-        Found::Nothing => {}
-        Found::Fault(cause) => return Decision::Fault(cause),
+        (_, None) => return Decision::Fault(Cause::NoRuleSet),
     }
 
     if matches!(attempt.hook, Hook::Egress)
         && row.flags & FLAG_SERVES != 0
-        && !(attempt.opening && matches!(class, Class::Tcp))
+        && attempt.tcp_flags & (SYN | ACK) != SYN
     {
-        match find(
-            rules,
-            row.policy | SERVE,
-            &attempt.addr,
-            class,
-            attempt.local_port,
-        ) {
-            Found::Rule {
-                effect: Effect::Allow,
-                entry,
-                ..
-            } => return now(entry),
-            Found::Rule { .. } | Found::Nothing => {}
-            Found::Fault(cause) => return Decision::Fault(cause),
+        let asked = asked(class, attempt.local_port);
+        find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
+        if found.effect == BROKEN {
+            return Decision::Fault(Cause::NoRuleSet);
+        }
+        if found.effect == Effect::Allow as u8 {
+            return now(found.entry);
         }
     }
 
-    if attempt.addr.is_loopback() && matches!(state, State::Active) {
-        let reachable = match loopback {
-            Loopback::Any => true,
-            Loopback::None => false,
-            Loopback::Own => !matches!(rules.peer(attempt), Peer::Foreign),
-        };
+    if loopback(&attempt.addr) != 0 && row.state == State::Active as u8 {
+        let reachable = row.loopback == Loopback::Any as u8
+            || row.loopback == Loopback::Own as u8 && !matches!(rules.peer(attempt), Peer::Foreign);
         if reachable {
             return now(LOOPBACK_ENTRY);
         }
         return deny(Reason::LoopbackForeign);
     }
-    if let Some(entry) = expired {
+    if expired != NO_ENTRY {
         return Decision::Deny {
             reason: Reason::Expired,
-            entry,
+            entry: expired,
         };
     }
-    lift(mode, unlisted, NO_ENTRY)
+    if row.state == State::Unregistered as u8 {
+        return lift(row, Reason::Unregistered, NO_ENTRY);
+    }
+    lift(row, Reason::OutOfScope, NO_ENTRY)
+}
+
+/// [`Addr::embedded_v4`] as a function of its own: see [`find`]. Returns whether there is one.
+#[inline(never)]
+fn embedded(addr: &Addr, inner: &mut Addr) -> u32 {
+    match addr.embedded_v4() {
+        Some(found) => {
+            *inner = found;
+            1
+        }
+        None => 0,
+    }
+}
+
+/// [`Addr::is_loopback`] as a function of its own: see [`find`].
+#[inline(never)]
+fn loopback(addr: &Addr) -> u32 {
+    addr.is_loopback() as u32
 }
 
 /// An allow for this once.
@@ -273,49 +281,78 @@ const fn deny(reason: Reason) -> Decision {
 
 /// A refusal that monitor mode may lift.
 #[inline(always)]
-const fn lift(mode: Mode, reason: Reason, entry: u32) -> Decision {
-    match mode {
-        Mode::Monitor => Decision::Monitor { reason, entry },
-        Mode::Enforce => Decision::Deny { reason, entry },
+const fn lift(row: &AgentRow, reason: Reason, entry: u32) -> Decision {
+    if row.mode == Mode::Monitor as u8 {
+        return Decision::Monitor { reason, entry };
     }
+    Decision::Deny { reason, entry }
 }
 
-/// The rule for an address, class and port. The chain and each block are bounded, so the verifier
-/// can walk them.
+/// Class and port as one word, since a kernel function has five arguments.
 #[inline(always)]
-fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, class: Class, port: u16) -> Found {
+const fn asked(class: u8, port: u16) -> u64 {
+    (class as u64) << 16 | port as u64
+}
+
+/// Finds the rule for an address, class and port. A function of its own with a plain result: what
+/// the verifier learned on one path through it does not multiply with what follows. The chain and
+/// each block are bounded, so that it can walk them.
+#[inline(never)]
+fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
+    found.effect = NOTHING;
     let Some(mut index) = rules.rule_set_for(space, addr) else {
-        return Found::Nothing;
+        return;
     };
     for _ in 0..SETS_PER_ADDRESS {
         let Some(set) = rules.rule_set(index) else {
-            return Found::Fault(Cause::NoRuleSet);
+            break;
         };
-        for i in 0..RULES_PER_SET {
-            if i as u32 >= set.len {
-                break;
-            }
-            let rule = &set.rules[i];
-            if matches(rule, class, port) {
-                let Some(effect) = Effect::from_byte(rule.effect) else {
-                    return Found::Fault(Cause::NoRuleSet);
-                };
-                return Found::Rule {
-                    effect,
-                    entry: rule.entry,
-                    deadline: rule.deadline,
-                };
-            }
+        let hit = matching(set, (asked >> 16) as i64, (asked & 0xffff) as i64);
+        if hit != 0 {
+            let rule = &set.rules[bit_number(hit)];
+            found.deadline = rule.deadline;
+            found.entry = rule.entry;
+            found.effect = rule.effect;
+            return;
         }
         if set.next == 0 {
-            return Found::Nothing;
+            return;
         }
         index = set.next - 1;
     }
-    Found::Fault(Cause::NoRuleSet)
+    found.effect = BROKEN;
 }
 
+/// One bit for each rule of a block that matches: at most one is set, and never that of an unused
+/// slot ([`crate::abi::Rule::UNUSED`]). Bits instead of branches: the verifier would follow every
+/// combination of outcomes over all rules, and give up at a million instructions.
 #[inline(always)]
-fn matches(rule: &Rule, class: Class, port: u16) -> bool {
-    (rule.class == 0 || rule.class == class as u8) && rule.low <= port && port <= rule.high
+fn matching(set: &RuleSet, class: i64, port: i64) -> u64 {
+    let mut missed = 0_u64;
+    for i in 0..RULES_PER_SET {
+        let rule = &set.rules[i];
+        let own = rule.class as i64;
+        let apart = own - class;
+        // Each is negative when its condition does not hold.
+        let below = port - rule.low as i64;
+        let above = rule.high as i64 - port;
+        let other = -(own * apart * apart);
+        missed |= ((below | above | other) as u64 >> 63) << i;
+    }
+    !missed & 0xff
+}
+
+const _: () = assert!(
+    RULES_PER_SET == 8,
+    "bits and masks around here are for eight rules"
+);
+
+/// Number of the one bit set, below 8 in a way that the verifier can see. (`trailing_zeros` becomes
+/// a table, whose values it cannot bound.)
+#[inline(always)]
+const fn bit_number(bit: u64) -> usize {
+    let odd = bit >> 1 | bit >> 3 | bit >> 5 | bit >> 7;
+    let twos = bit >> 2 | bit >> 3 | bit >> 6 | bit >> 7;
+    let fours = bit >> 4 | bit >> 5 | bit >> 6 | bit >> 7;
+    (odd & 1 | (twos & 1) << 1 | (fours & 1) << 2) as usize
 }

@@ -61,6 +61,9 @@ pub struct Explanation {
     pub would_change: String,
 }
 
+/// TCP's SYN flag alone (RFC 9293, section 3.1).
+const SYN: u8 = 0x02;
+
 // === impl Question ===
 
 impl Question {
@@ -90,7 +93,7 @@ impl Question {
             local_port: self.local_port,
             protocol: self.protocol,
             hook: self.hook,
-            opening: self.opening,
+            tcp_flags: if self.opening { SYN } else { 0 },
             now: clock.boot_now_ns,
         }
     }

@@ -67,7 +67,7 @@ pub fn rule_sets(rules: &[TimedRule], first: u32, clock: &Clock) -> Vec<RuleSet>
     let mut index = first;
     let mut sets = Vec::with_capacity(blocks.len());
     for (position, block) in blocks.into_iter().enumerate() {
-        let mut set = RuleSet::zeroed();
+        let mut set = RuleSet::EMPTY;
         for (slot, rule) in set.rules.iter_mut().zip(block) {
             *slot = clock.rule(rule);
             set.len += 1;

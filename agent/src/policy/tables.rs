@@ -127,3 +127,27 @@ impl Prefix {
         u128::from_be_bytes(self.addr.octets())
     }
 }
+
+impl AgentTables {
+    /// An entry that reaches nothing and has nothing to say: for records about an agent of which
+    /// nothing is known any more.
+    pub fn nobody() -> Self {
+        Self {
+            id: String::new(),
+            name: String::new(),
+            owner: String::new(),
+            approval_ref: None,
+            file: PathBuf::new(),
+            hash: String::new(),
+            state: State::Draft,
+            mode: Mode::Enforce,
+            loopback: Loopback::None,
+            sockets: 0,
+            not_before: None,
+            expires: None,
+            selectors: Vec::new(),
+            scope: Scope::default(),
+            entries: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! `connect(2)` on internet sockets: the first line. A refusal is EPERM at once, before a packet
+//! exists; at egress a refused TCP opening would only hang.
+
+use agent_ebpf::{
+    abi::{Addr, Cause, Hook, UNREGISTERED, Verdict},
+    decide::Attempt,
+};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_socket_cookie},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+
+use super::{
+    cache, emit, identity,
+    maps::{self, Tables},
+    peer::ByTag,
+    verdict::{ALLOW, Ruling, rule},
+};
+
+const PASS: i32 = 1;
+const REFUSE: i32 = 0;
+
+/// IPv4.
+#[cgroup_sock_addr(connect4)]
+pub fn remit_connect4(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context as the kernel gave it.
+    let word = unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() };
+    judge(&ctx, Addr::from_v4_word(word), Hook::Connect4)
+}
+
+/// IPv6, which IPv4-mapped destinations come through as well.
+#[cgroup_sock_addr(connect6)]
+pub fn remit_connect6(ctx: SockAddrContext) -> i32 {
+    // One word at a time: the verifier refuses a copy of, or a loop over, context memory.
+    // SAFETY: the context as the kernel gave it.
+    let a = unsafe { (&raw const (*ctx.sock_addr).user_ip6[0]).read_volatile() };
+    // SAFETY: as above.
+    let b = unsafe { (&raw const (*ctx.sock_addr).user_ip6[1]).read_volatile() };
+    // SAFETY: as above.
+    let c = unsafe { (&raw const (*ctx.sock_addr).user_ip6[2]).read_volatile() };
+    // SAFETY: as above.
+    let d = unsafe { (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile() };
+    judge(
+        &ctx,
+        Addr {
+            words: [a, b, c, d],
+        },
+        Hook::Connect6,
+    )
+}
+
+#[inline(always)]
+fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
+    let addr = addr.effective();
+    // SAFETY: the context as the kernel gave it.
+    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
+    // SAFETY: as above.
+    let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
+    let port = u16::from_be(port as u16);
+    // MPTCP (262) does not fit a byte; its packets are TCP.
+    let protocol = if protocol == 262 { 6 } else { protocol as u8 };
+    // A ping socket's "port" is its identifier.
+    let port = if matches!(protocol, 1 | 58) { 0 } else { port };
+
+    // SAFETY: no arguments.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: the context as the kernel gave it.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let question = cache::Question {
+        cgroup,
+        addr: &addr,
+        port,
+        protocol,
+    };
+    if let Some(agent) = cache::hit(&question) {
+        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::allowed(agent);
+        return PASS;
+    }
+
+    let mut who = Who {
+        agent: UNREGISTERED,
+        cgroup,
+        policy: 0,
+    };
+    let mut attempt = Attempt {
+        addr,
+        port,
+        local_port: 0,
+        protocol,
+        hook,
+        tcp_flags: 0,
+        now: 0,
+    };
+    let mut ruling = Ruling::fault(Cause::NoRow);
+    ask(ctx, &mut attempt, &mut who, &mut ruling);
+    if ruling.verdict == ALLOW {
+        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::allowed(who.agent);
+        return PASS;
+    }
+    report(&attempt, &ruling, &who);
+    if ruling.verdict == Verdict::Monitored as u8 {
+        emit::remember_owner(cookie, Some((&addr, port)));
+        return PASS;
+    }
+    aya_log_ebpf::debug!(
+        ctx,
+        "connect: agent {} refused, reason {}",
+        who.agent,
+        ruling.reason
+    );
+    REFUSE
+}
+
+/// Whose attempt it is.
+struct Who {
+    agent: u32,
+    cgroup: u64,
+    policy: u64,
+}
+
+/// Asks the tables, and remembers an allow that may be.
+#[inline(never)]
+fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
+    // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
+    let epoch = maps::epoch();
+    who.agent = identity::of_current();
+    let word = maps::word(who.agent);
+    attempt.now = cache::boot_now();
+    let Some(row) = maps::row(word) else {
+        return;
+    };
+    who.policy = row.policy;
+    let tables = Tables {
+        peer: ByTag {
+            context: ctx,
+            agent: who.agent,
+        },
+    };
+    rule(&tables, row, attempt, ruling);
+    if ruling.cacheable != 0 {
+        let question = cache::Question {
+            cgroup: who.cgroup,
+            addr: &attempt.addr,
+            port: attempt.port,
+            protocol: attempt.protocol,
+        };
+        cache::remember(&question, who.agent, word, epoch, attempt.now, ruling.until);
+    }
+}
+
+/// Reports what was not plainly allowed.
+#[inline(never)]
+fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
+    let mut event = emit::blank(attempt.hook, who.agent, who.cgroup, attempt.now);
+    ruling.fill(&mut event);
+    event.policy = who.policy;
+    event.addr = attempt.addr;
+    event.port = attempt.port;
+    event.protocol = attempt.protocol;
+    event.family = if matches!(attempt.hook, Hook::Connect4) {
+        2
+    } else {
+        10
+    };
+    emit::name_current(&mut event);
+    emit::report(&mut event);
+}

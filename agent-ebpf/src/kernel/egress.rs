@@ -1,0 +1,290 @@
+//! Every packet that leaves a governed socket: the second line. It judges what connect never saw
+//! (unconnected UDP, raw, ICMP, SCTP, replies) and what has changed since connect did.
+
+use agent_ebpf::{
+    abi::{Addr, Cause, Event, Hook, Reason, UNREGISTERED, Verdict, Witness},
+    decide::{
+        Attempt,
+        packet::{self, Bytes, Packet},
+    },
+};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::{bpf_get_current_cgroup_id, bpf_get_socket_cookie, bpf_skb_cgroup_id},
+    },
+    macros::cgroup_skb,
+    programs::SkBuffContext,
+};
+
+use super::{
+    cache, emit, identity,
+    maps::{self, OWNERS_MAP, Tables, skb_current},
+    peer::ByCgroup,
+    verdict::{ALLOW, Ruling, rule},
+};
+
+const PASS: i32 = 1;
+const DROP: i32 = 0;
+
+/// The packet's linear part, by direct access: a fraction of a nanosecond a read.
+struct Linear {
+    data: usize,
+    end: usize,
+}
+
+impl Bytes for Linear {
+    const WALKS: bool = false;
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let start = self.data + offset;
+        if start + N > self.end {
+            return None;
+        }
+        // SAFETY: within the linear part by the check above, which the verifier insists on.
+        Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+    }
+}
+
+/// The same through the helper, for headers that lie in fragments.
+struct Paged<'a>(&'a SkBuffContext);
+
+impl Bytes for Paged<'_> {
+    const WALKS: bool = true;
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.load::<[u8; N]>(offset).ok()
+    }
+}
+
+/// Reads the headers into `packet`; returns 0, or why they cannot be told. A function of its own,
+/// so that the paths through it do not multiply with what follows.
+#[inline(never)]
+fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
+    // SAFETY: the context as the kernel gave it.
+    let data = unsafe { (&raw const (*ctx.skb.skb).data).read_volatile() } as usize;
+    // SAFETY: as above.
+    let end = unsafe { (&raw const (*ctx.skb.skb).data_end).read_volatile() } as usize;
+    match packet::parse(&Linear { data, end }) {
+        Ok(read) => {
+            *packet = read;
+            packet.destination = packet.destination.effective();
+            0
+        }
+        Err(Cause::ShortPacket) => read_paged(ctx, packet),
+        Err(cause) => cause as u32,
+    }
+}
+
+/// The same, slowly.
+#[inline(never)]
+fn read_paged(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
+    match packet::parse(&Paged(ctx)) {
+        Ok(read) => {
+            *packet = read;
+            packet.destination = packet.destination.effective();
+            0
+        }
+        Err(cause) => cause as u32,
+    }
+}
+
+/// `cgroup_skb/egress`.
+#[cgroup_skb(egress)]
+pub fn remit_egress(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context as the kernel gave it.
+    let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
+    let mut packet = Packet {
+        source: Addr::zeroed(),
+        destination: Addr::zeroed(),
+        protocol: 0,
+        source_port: 0,
+        port: 0,
+        tcp_flags: 0,
+    };
+    let mut who = Who {
+        agent: UNREGISTERED,
+        cgroup,
+        policy: 0,
+        now: 0,
+        // Read before the tables are: if any of them changes meanwhile, what is remembered is
+        // stale.
+        epoch: maps::epoch(),
+        word: 0,
+    };
+    let mut ruling = Ruling::fault(Cause::NoRow);
+    let cause = read(&ctx, &mut packet);
+    if cause == 0 {
+        let question = cache::Question {
+            cgroup,
+            addr: &packet.destination,
+            port: packet.port,
+            protocol: packet.protocol,
+        };
+        if let Some(agent) = cache::hit(&question) {
+            emit::allowed(agent);
+            return PASS;
+        }
+        judge(&ctx, &packet, &mut who, &mut ruling);
+    } else {
+        ruling.cause = cause as u8;
+        who.agent = identity::of_skb(skb);
+        who.now = cache::boot_now();
+        glimpse(&ctx, &mut packet);
+    }
+    if ruling.verdict == ALLOW {
+        if ruling.cacheable != 0 {
+            remember(&packet, &who, ruling.until);
+        }
+        emit::allowed(who.agent);
+        return PASS;
+    }
+    report(&ctx, &packet, &ruling, &who);
+    log(&ctx, who.agent, ruling.reason);
+    if ruling.verdict == Verdict::Monitored as u8 {
+        PASS
+    } else {
+        DROP
+    }
+}
+
+/// Asks the tables.
+#[inline(never)]
+fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Ruling) {
+    who.agent = identity::of_skb(ctx.skb.skb);
+    who.word = maps::word(who.agent);
+    who.now = cache::boot_now();
+    let Some(row) = maps::row(who.word) else {
+        return;
+    };
+    who.policy = row.policy;
+    let attempt = Attempt {
+        addr: packet.destination,
+        port: packet.port,
+        local_port: packet.source_port,
+        protocol: packet.protocol,
+        hook: Hook::Egress,
+        tcp_flags: packet.tcp_flags,
+        now: who.now,
+    };
+    let peer = ByCgroup {
+        context: ctx,
+        agent: who.agent,
+        source: &packet.source,
+    };
+    rule(&Tables { peer }, row, &attempt, ruling);
+}
+
+/// Remembers an allow.
+#[inline(never)]
+fn remember(packet: &Packet, who: &Who, until: u64) {
+    let question = cache::Question {
+        cgroup: who.cgroup,
+        addr: &packet.destination,
+        port: packet.port,
+        protocol: packet.protocol,
+    };
+    cache::remember(&question, who.agent, who.word, who.epoch, who.now, until);
+}
+
+/// For debugging; a function of its own for the sake of the stack.
+#[inline(never)]
+fn log(ctx: &SkBuffContext, agent: u32, reason: u8) {
+    aya_log_ebpf::debug!(
+        ctx,
+        "egress: agent {} not allowed, reason {}",
+        agent,
+        reason
+    );
+}
+
+/// Whose packet it is, and when.
+struct Who {
+    agent: u32,
+    cgroup: u64,
+    policy: u64,
+    now: u64,
+    epoch: u64,
+    word: u64,
+}
+
+/// Reads what can be had of a packet whose destination cannot be told. It is not trusted, but the
+/// destination field helps whoever reads the log.
+#[inline(never)]
+fn glimpse(ctx: &SkBuffContext, packet: &mut Packet) {
+    if let Some([version]) = Paged(ctx).read::<1>(0) {
+        if version >> 4 == 4 {
+            if let Some(octets) = Paged(ctx).read::<4>(16) {
+                packet.destination = Addr::v4(octets);
+            }
+        } else if let Some(octets) = Paged(ctx).read::<16>(24) {
+            packet.destination = Addr::from_octets(octets);
+        }
+    }
+}
+
+/// Names the process as well as this kernel allows, tells translation apart, and reports.
+#[inline(never)]
+fn report(ctx: &SkBuffContext, packet: &Packet, ruling: &Ruling, who: &Who) {
+    let mut event = emit::blank(Hook::Egress, who.agent, who.cgroup, who.now);
+    ruling.fill(&mut event);
+    event.policy = who.policy;
+    event.addr = packet.destination;
+    event.source = packet.source;
+    event.port = packet.port;
+    event.local_port = packet.source_port;
+    event.protocol = packet.protocol;
+    event.family = if packet.destination.is_v4() { 2 } else { 10 };
+    // SAFETY: the context as the kernel gave it.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the value is read at once; an LRU slot that is reused meanwhile gives a wrong name
+    // at worst.
+    if let Some(owner) = unsafe { OWNERS_MAP.get(cookie) } {
+        emit::name_owner(&mut event, owner);
+        // A TCP socket sends only where connect let it go, unless its packets are translated on
+        // output. UDP cannot be told apart from a `sendto` elsewhere.
+        let moved = owner.connected == 1
+            && event.protocol == 6
+            && (owner.port != event.port
+                || owner.addr.words[3] != event.addr.words[3]
+                || owner.addr.words[2] != event.addr.words[2]
+                || owner.addr.words[1] != event.addr.words[1]
+                || owner.addr.words[0] != event.addr.words[0]);
+        if moved
+            && event.verdict == Verdict::Denied as u8
+            && event.reason == Reason::OutOfScope as u8
+        {
+            event.reason = Reason::Translated as u8;
+        }
+    }
+    name_sender(&mut event);
+    emit::report(&mut event);
+}
+
+/// Names the running task where the kernel lets a packet hook ask, and it is the sender: in a
+/// softirq it is whoever was interrupted, so its cgroup must be the socket's.
+#[inline(always)]
+fn name_sender(event: &mut Event) {
+    let level = skb_current();
+    if level == 0 {
+        return;
+    }
+    // SAFETY: no arguments.
+    if unsafe { bpf_get_current_cgroup_id() } != event.cgroup {
+        return;
+    }
+    let pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    if pid != event.pid {
+        event.comm = [0; 16];
+    }
+    event.pid = pid;
+    event.witness = Witness::Current as u8;
+    if level >= 2 {
+        event.uid = bpf_get_current_uid_gid() as u32;
+        event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+    }
+}

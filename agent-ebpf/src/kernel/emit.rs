@@ -1,0 +1,191 @@
+//! Counting and reporting. Every attempt is counted, exactly, per CPU and atomically (a task can
+//! be preempted between load and store). Refusals are also reported, unless a fold slot has told
+//! of the same one within the last second, the agent's budget is used up, or the ring is full;
+//! the daemon squares its lines with the counters and writes down what is missing.
+//!
+//! The record is submitted before the counter moves. So whatever the daemon finds in a counter it
+//! either finds in the ring too, or it was folded or dropped.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use agent_ebpf::abi::{
+    Addr, Budget, Event, FOLD_NANOS, FOLD_SLOTS, Fold, Hook, Owner, REASONS, Verdict, Witness,
+};
+use aya_ebpf::helpers::{
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+    generated::bpf_get_smp_processor_id,
+};
+
+use super::maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, event_rate};
+
+/// Never wake the reader: see the map.
+const BPF_RB_NO_WAKEUP: u64 = 1;
+
+/// Adds one to a word of a map value, whatever else runs on this CPU.
+#[inline(always)]
+fn increment(word: *mut u64) {
+    // The intrinsic itself, because core offers `fetch_add` only where compare-and-swap exists too.
+    // SAFETY: an aligned word of a checked map value, only ever changed atomically here.
+    let _before = unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(word, 1) };
+}
+
+/// Counts an attempt that was let through.
+#[inline(always)]
+pub fn allowed(agent: u32) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(agent) {
+        // SAFETY: a field of a checked map value.
+        increment(unsafe { &raw mut (*counters).allowed });
+    }
+}
+
+/// Names the running task in an event.
+#[inline(always)]
+pub fn name_current(event: &mut Event) {
+    event.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    event.uid = bpf_get_current_uid_gid() as u32;
+    event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+    event.witness = Witness::Current as u8;
+}
+
+/// Names the socket's owner in an event, if it is remembered.
+#[inline(always)]
+pub fn name_owner(event: &mut Event, owner: &Owner) {
+    event.pid = owner.pid;
+    event.uid = owner.uid;
+    event.comm = owner.comm;
+    event.witness = Witness::Owner as u8;
+}
+
+/// Remembers who owns the socket with this cookie, and where connect let it go.
+#[inline(always)]
+pub fn remember_owner(cookie: u64, connected: Option<(&Addr, u16)>) {
+    let mut owner = Owner::zeroed();
+    owner.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    owner.uid = bpf_get_current_uid_gid() as u32;
+    owner.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+    if let Some((addr, port)) = connected {
+        owner.addr = *addr;
+        owner.port = port;
+        owner.connected = 1;
+    }
+    // A full or contended map costs a name in a log line; there is nothing better to do.
+    let _lost = OWNERS_MAP.insert(cookie, owner, 0);
+}
+
+/// Reports and counts an attempt that was refused or that monitor mode let through.
+#[inline(never)]
+pub fn report(event: &mut Event) {
+    if fold(event) && within_budget(event.agent, event.time) {
+        // A full ring drops the record; the counter below still tells.
+        let _dropped = EVENTS.output::<Event>(&*event, BPF_RB_NO_WAKEUP);
+    }
+    let Some(counters) = COUNTERS.get_ptr_mut(event.agent) else {
+        return;
+    };
+    let reason = event.reason as usize;
+    if reason >= REASONS {
+        return;
+    }
+    let word = if event.verdict == Verdict::Monitored as u8 {
+        // SAFETY: within the array by the check above.
+        unsafe { (&raw mut (*counters).monitored).cast::<u64>().add(reason) }
+    } else {
+        // SAFETY: within the array by the check above.
+        unsafe { (&raw mut (*counters).denied).cast::<u64>().add(reason) }
+    };
+    increment(word);
+}
+
+/// Finds or takes the fold slot of an event, fills in `fold`, `generation` and `seen`, and says
+/// whether a record is due.
+#[inline(always)]
+fn fold(event: &mut Event) -> bool {
+    let words = &event.addr.words;
+    let mut hash = u64::from(words[3]) << 32 | u64::from(words[1] ^ words[0]);
+    hash ^= u64::from(event.agent) << 20 ^ u64::from(event.pid) << 40;
+    hash ^= u64::from(event.port) << 8 | u64::from(event.hook) | u64::from(event.reason) << 4;
+    hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let index = (hash >> 40) as u32 & (FOLD_SLOTS - 1);
+    let Some(slot) = FOLDS.get_ptr_mut(index) else {
+        return true;
+    };
+    // SAFETY: no arguments.
+    event.fold = unsafe { bpf_get_smp_processor_id() } << 16 | index;
+    // SAFETY: a checked map value of this CPU. Another context on it may interleave; then a detail
+    // of a folded line is off, and the counters still square.
+    let slot: &mut Fold = unsafe { &mut *slot };
+    let same = slot.generation != 0
+        && slot.agent == event.agent
+        && slot.addr.words[3] == words[3]
+        && slot.addr.words[2] == words[2]
+        && slot.addr.words[1] == words[1]
+        && slot.addr.words[0] == words[0]
+        && slot.port == event.port
+        && slot.pid == event.pid
+        && slot.protocol == event.protocol
+        && slot.hook == event.hook
+        && slot.verdict == event.verdict
+        && slot.reason == event.reason;
+    if same {
+        increment(&raw mut slot.seen);
+        event.seen = slot.seen;
+        event.generation = slot.generation;
+        if event.time < slot.emitted + FOLD_NANOS {
+            return false;
+        }
+        slot.emitted = event.time;
+        return true;
+    }
+    slot.generation = if slot.generation == u32::MAX {
+        1
+    } else {
+        slot.generation + 1
+    };
+    slot.seen = 1;
+    slot.emitted = event.time;
+    slot.cgroup = event.cgroup;
+    slot.addr = event.addr;
+    slot.agent = event.agent;
+    slot.pid = event.pid;
+    slot.entry = event.entry;
+    slot.port = event.port;
+    slot.protocol = event.protocol;
+    slot.hook = event.hook;
+    slot.verdict = event.verdict;
+    slot.reason = event.reason;
+    event.seen = 1;
+    event.generation = slot.generation;
+    true
+}
+
+/// Takes a token from the agent's bucket on this CPU: a second's worth at most, refilled a second
+/// at a time.
+#[inline(always)]
+fn within_budget(agent: u32, now: u64) -> bool {
+    let Some(budget) = BUDGETS.get_ptr_mut(agent) else {
+        return true;
+    };
+    // SAFETY: a checked map value of this CPU; interleaving costs a token or a record, and records
+    // that are not sent are counted.
+    let budget: &mut Budget = unsafe { &mut *budget };
+    if now >= budget.refilled + 1_000_000_000 {
+        budget.refilled = now;
+        budget.tokens = event_rate();
+    }
+    if budget.tokens == 0 {
+        return false;
+    }
+    budget.tokens -= 1;
+    true
+}
+
+/// A blank event for `hook`.
+#[inline(always)]
+pub fn blank(hook: Hook, agent: u32, cgroup: u64, time: u64) -> Event {
+    let mut event = Event::zeroed();
+    event.hook = hook as u8;
+    event.agent = agent;
+    event.cgroup = cgroup;
+    event.time = time;
+    event
+}

@@ -1,0 +1,181 @@
+//! Every map: what it is for, who writes it, who reads it, and why it has its kind and size.
+//! Sizes marked "set at load" are chosen by the daemon from the registry.
+
+use core::ffi::c_void;
+
+use agent_ebpf::{
+    abi::{
+        Addr, AgentName, AgentRow, Answer, Budget, CACHE_SLOTS, Counters, FOLD_SLOTS, Fold, OWNERS,
+        Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slot, Tag,
+    },
+    decide::{Attempt, Peer, Rules},
+};
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+};
+
+/// Cgroup id to agent. Written by the daemon as cgroups come and go; set at load.
+#[map(name = "claims")]
+pub static CLAIMS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
+
+/// One word: goes up when an attribution changes, which makes every cached verdict stale.
+#[map(name = "epoch")]
+pub static EPOCH: Array<u64> = Array::with_max_entries(1, 0);
+
+/// Agent to its word: the index of its row and a generation. One aligned store flips an agent to
+/// a new state, so no hook ever sees half of one. Set at load.
+#[map(name = "agents")]
+pub static AGENTS: Array<u64> = Array::with_max_entries(1024, 0);
+
+/// Agent to its id. No program reads it: it is for the next daemon, and for people with bpftool.
+/// Set at load.
+#[map(name = "names")]
+pub static NAMES: Array<AgentName> = Array::with_max_entries(1024, 0);
+
+/// Rows. Written before the word that points to them, reused a second after it moved on. Set at
+/// load.
+#[map(name = "rows")]
+pub static ROWS: Array<AgentRow> = Array::with_max_entries(4096, 0);
+
+/// Exact addresses to rule sets: a hash look-up is a tenth of a cold LPM one. Not preallocated:
+/// most hosts use little of it. Set at load.
+#[map(name = "exacts")]
+pub static EXACTS: HashMap<ScopeKey, u32> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+
+/// Prefixes to rule sets; the scope's id comes first and must match in full. Set at load.
+#[map(name = "prefixes")]
+pub static PREFIXES: LpmTrie<ScopeKey, u32> = LpmTrie::with_max_entries(16384, 0);
+
+/// Rule sets, shared by all scopes that say the same of an address. Set at load.
+#[map(name = "rulesets")]
+pub static RULESETS: Array<RuleSet> = Array::with_max_entries(4096, 0);
+
+/// Allow verdicts of the last second.
+#[map(name = "cache")]
+pub static CACHE: PerCpuArray<Slot> = PerCpuArray::with_max_entries(CACHE_SLOTS, 0);
+
+/// What was decided, per agent; only the programs write. Set at load.
+#[map(name = "counters")]
+pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1024, 0);
+
+/// Refusals of late, so that repeats only count; the daemon reads what has settled.
+#[map(name = "folds")]
+pub static FOLDS: PerCpuArray<Fold> = PerCpuArray::with_max_entries(FOLD_SLOTS, 0);
+
+/// Events each agent may still emit, so that one cannot drown another. Set at load.
+#[map(name = "budgets")]
+pub static BUDGETS: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1024, 0);
+
+/// Socket cookie to the process behind it. LRU: what is lost is a name in a log line.
+#[map(name = "owners")]
+pub static OWNERS_MAP: LruHashMap<u64, Owner> = LruHashMap::with_max_entries(OWNERS, 0);
+
+/// Agent of each bound socket, for `loopback = "own"`.
+#[btf_map(name = "tags")]
+pub static TAGS: SkStorage<Tag> = SkStorage::new();
+
+/// Records for the daemon. Always without a wake-up: it would cost 8 µs a denial, and the daemon
+/// drains every few milliseconds anyway.
+#[map(name = "events")]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+
+/// The question that the judge answers; written by the daemon.
+#[map(name = "question")]
+pub static QUESTION: Array<Question> = Array::with_max_entries(1, 0);
+
+/// The judge's answer; read by the daemon.
+#[map(name = "answer")]
+pub static ANSWER: Array<Answer> = Array::with_max_entries(1, 0);
+
+/// How much of the current task a packet hook may ask the kernel for: 0 nothing (6.1), 1 its ids
+/// (6.12), 2 also its name and user (6.18). Set at load by probing for the helpers.
+#[unsafe(no_mangle)]
+pub static SKB_CURRENT: u8 = 0;
+
+/// Events a second that one agent may emit on one CPU. Set at load from `log.per_agent_rate`.
+#[unsafe(no_mangle)]
+pub static EVENT_RATE: u64 = 200;
+
+/// Value of [`SKB_CURRENT`]; volatile, since the loader changes it behind the compiler's back.
+#[inline(always)]
+pub fn skb_current() -> u8 {
+    // SAFETY: a static that lives for ever, frozen before the program runs.
+    unsafe { core::ptr::read_volatile(&raw const SKB_CURRENT) }
+}
+
+/// Value of [`EVENT_RATE`].
+#[inline(always)]
+pub fn event_rate() -> u64 {
+    // SAFETY: a static that lives for ever, frozen before the program runs.
+    unsafe { core::ptr::read_volatile(&raw const EVENT_RATE) }
+}
+
+/// The storage map as the helper wants it.
+#[inline(always)]
+pub fn tags() -> *mut c_void {
+    (&raw const TAGS).cast_mut().cast()
+}
+
+/// The agent's word, or 0 where it has none.
+#[inline(always)]
+pub fn word(agent: u32) -> u64 {
+    match AGENTS.get_ptr(agent) {
+        // SAFETY: a checked map value; volatile, for the daemon may store at any time.
+        Some(word) => unsafe { word.read_volatile() },
+        None => 0,
+    }
+}
+
+/// The row behind a word.
+#[inline(always)]
+pub fn row(word: u64) -> Option<&'static AgentRow> {
+    if word == 0 {
+        return None;
+    }
+    ROWS.get(word as u32 & ((1 << ROW_INDEX_BITS) - 1))
+}
+
+/// The attribution epoch.
+#[inline(always)]
+pub fn epoch() -> u64 {
+    match EPOCH.get_ptr(0) {
+        // SAFETY: a checked map value; volatile, for the daemon may store at any time.
+        Some(epoch) => unsafe { epoch.read_volatile() },
+        None => 0,
+    }
+}
+
+/// The tables as [`Rules`], with `P` to tell whose a loopback peer is.
+pub struct Tables<P> {
+    pub peer: P,
+}
+
+/// Tells whose socket an attempt would reach; each hook has its own way.
+pub trait FindPeer {
+    fn find(&self, attempt: &Attempt) -> Peer;
+}
+
+impl<P: FindPeer> Rules for Tables<P> {
+    #[inline(always)]
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32> {
+        let key = ScopeKey { space, addr: *addr };
+        // SAFETY: the value is a plain integer, copied at once; an update replaces it whole.
+        if let Some(index) = unsafe { EXACTS.get(key) } {
+            return Some(*index);
+        }
+        PREFIXES.get(Key::new(SPACE_BITS + 128, key)).copied()
+    }
+
+    #[inline(always)]
+    fn rule_set(&self, index: u32) -> Option<&RuleSet> {
+        RULESETS.get(index)
+    }
+
+    #[inline(always)]
+    fn peer(&self, attempt: &Attempt) -> Peer {
+        self.peer.find(attempt)
+    }
+}

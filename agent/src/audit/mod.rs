@@ -1,0 +1,40 @@
+//! The record of what agents attempted and what was decided about them.
+//!
+//! | module    | promises |
+//! |-----------|----------|
+//! | `record`  | a violation as one OCSF value; pure |
+//! | `decided` | daemon and registry events as OCSF values; pure |
+//! | `line`    | the one line that a person reads, derived from the value; pure |
+//! | `ledger`  | how many attempts each line stands for, so that sums are exact; pure |
+//! | `text`    | bytes that an agent chose, made harmless; pure |
+//! | `writer`  | one object a line, one write a line, sequence without gaps, rotation |
+//! | `tail`    | reads the log as it grows, over rotation |
+//! | `sums`    | what a log says was written, for the next daemon's ledger |
+//! | `process` | what /proc says of a process, and of this host |
+//!
+//! Nothing is lost silently: what could not be written as a line of its own is counted, and
+//! written as such within five seconds.
+
+pub mod decided;
+pub mod ledger;
+pub mod line;
+pub mod ocsf;
+pub mod process;
+pub mod record;
+pub mod span;
+pub mod sums;
+pub mod tail;
+pub mod text;
+pub mod writer;
+
+pub use decided::{Decided, Decision};
+pub use ledger::{Allowance, Key, Ledger, Owed, Residual};
+pub use line::human;
+pub use ocsf::{Code, Host, LogName};
+pub use process::Processes;
+pub use record::{
+    Context, Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation,
+};
+pub use sums::{Sums, written_since};
+pub use tail::{Filter, Line, Tail};
+pub use writer::{Limits, Log, LogError};

@@ -1,0 +1,269 @@
+//! What all events have in common, as OCSF 1.9.0 wants it: the envelope, the host, the captions.
+//! The schemas do not check that a caption agrees with its id, so each pair stands in one place.
+
+use serde_json::{Map, Value, json};
+
+use super::text::{NAME_BYTES, clean};
+
+/// The version of OCSF that events claim.
+pub const OCSF_VERSION: &str = "1.9.0";
+
+/// Declares the event codes.
+macro_rules! codes {
+    ($($(#[$meta:meta])* $variant:ident = $name:literal, $log:ident, $title:literal;)*) => {
+        /// What an event is, in a word that never changes its meaning: `metadata.event_code`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Code { $($(#[$meta])* $variant,)* }
+
+        impl Code {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            /// As in events: `RM` and four digits.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// In a few words, for the documentation.
+            pub const fn title(self) -> &'static str {
+                match self { $(Self::$variant => $title,)* }
+            }
+
+            /// The log that it is written to.
+            pub const fn log(self) -> LogName {
+                match self { $(Self::$variant => LogName::$log,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    /// An attempt was refused.
+    Denied = "RM1001", Violations, "attempt denied";
+    /// An attempt that enforcement would refuse was let through by monitor mode.
+    Monitored = "RM1002", Violations, "attempt let through by monitor mode";
+    /// Attempts whose details were lost.
+    Dropped = "RM1003", Violations, "attempts without details";
+    /// A registry is in force.
+    RegistryLoaded = "RM4001", Audit, "registry loaded";
+    /// A registry, or files of it, were refused.
+    RegistryRefused = "RM4002", Audit, "registry refused";
+    /// The daemon enforces.
+    DaemonStarted = "RM9001", Audit, "daemon started";
+    /// The daemon ends; what is enforced stays enforced.
+    DaemonStopped = "RM9002", Audit, "daemon stopped";
+}
+
+/// A log, and the stem of its file's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LogName {
+    /// What agents attempted.
+    Violations,
+    /// What was decided about agents.
+    Audit,
+}
+
+impl LogName {
+    /// `violations` or `audit`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Violations => "violations",
+            Self::Audit => "audit",
+        }
+    }
+
+    /// `violations.jsonl` or `audit.jsonl`.
+    pub const fn file(self) -> &'static str {
+        match self {
+            Self::Violations => "violations.jsonl",
+            Self::Audit => "audit.jsonl",
+        }
+    }
+}
+
+/// The machine that events come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Its name.
+    pub hostname: String,
+    /// `/etc/machine-id`, if there is one.
+    pub machine_id: Option<String>,
+    /// `/proc/sys/kernel/random/boot_id`, if it could be read.
+    pub boot_id: Option<String>,
+    /// `NAME` of os-release.
+    pub os_name: String,
+    /// `VERSION_ID` of os-release; rolling distributions have none.
+    pub os_version: Option<String>,
+    /// As `uname -r` says.
+    pub kernel: String,
+}
+
+impl Host {
+    /// The name, or a word in its place: some objects must have one.
+    pub(super) fn label(&self) -> String {
+        match clean(self.hostname.as_bytes(), NAME_BYTES) {
+            name if name.is_empty() => "localhost".to_owned(),
+            name => name,
+        }
+    }
+
+    fn device(&self) -> Value {
+        let mut os = json!({
+            "name": if self.os_name.is_empty() { "Linux" } else { &self.os_name },
+            "type_id": 200,
+            "type": "Linux",
+        });
+        put(&mut os, "version", self.os_version.as_deref());
+        put(&mut os, "kernel_release", Some(self.kernel.as_str()));
+        let name = self.label();
+        let mut device = json!({ "hostname": name, "name": name, "type_id": 1, "type": "Server" });
+        put(&mut device, "uid", self.machine_id.as_deref());
+        put(&mut device, "boot_uid", self.boot_id.as_deref());
+        put(&mut device, "os", Some(os));
+        device
+    }
+}
+
+/// OCSF classes used, each with its category.
+#[derive(Clone, Copy)]
+pub(super) enum Class {
+    NetworkActivity,
+    DeviceConfigStateChange,
+    ApplicationLifecycle,
+}
+
+impl Class {
+    const fn uid(self) -> u64 {
+        match self {
+            Self::NetworkActivity => 4001,
+            Self::DeviceConfigStateChange => 5019,
+            Self::ApplicationLifecycle => 6002,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::NetworkActivity => "Network Activity",
+            Self::DeviceConfigStateChange => "Device Config State Change",
+            Self::ApplicationLifecycle => "Application Lifecycle",
+        }
+    }
+
+    const fn category(self) -> (u64, &'static str) {
+        match self {
+            Self::NetworkActivity => (4, "Network Activity"),
+            Self::DeviceConfigStateChange => (5, "Discovery"),
+            Self::ApplicationLifecycle => (6, "Application Activity"),
+        }
+    }
+
+    const fn profiles(self) -> &'static [&'static str] {
+        match self {
+            Self::NetworkActivity | Self::ApplicationLifecycle => {
+                &["host", "security_control", "ai_operation"]
+            }
+            Self::DeviceConfigStateChange => &["host", "security_control"],
+        }
+    }
+}
+
+/// How bad an event is.
+#[derive(Clone, Copy)]
+pub(super) enum Severity {
+    Informational,
+    Low,
+    Medium,
+    High,
+}
+
+impl Severity {
+    const fn pair(self) -> (u64, &'static str) {
+        match self {
+            Self::Informational => (1, "Informational"),
+            Self::Low => (2, "Low"),
+            Self::Medium => (3, "Medium"),
+            Self::High => (4, "High"),
+        }
+    }
+}
+
+/// The start of every event.
+pub(super) struct Envelope {
+    pub(super) code: Code,
+    pub(super) class: Class,
+    /// Id and caption within the class.
+    pub(super) activity: (u64, &'static str),
+    pub(super) severity: Severity,
+    /// Whether what the event tells of succeeded.
+    pub(super) success: bool,
+    /// Milliseconds since the Unix epoch.
+    pub(super) time: i64,
+    /// What of Remit saw it: name and id.
+    pub(super) feature: (&'static str, &'static str),
+    pub(super) message: String,
+}
+
+impl Envelope {
+    pub(super) fn build(self, host: &Host, sequence: u64) -> Map<String, Value> {
+        let (category, category_name) = self.class.category();
+        let (activity, activity_name) = self.activity;
+        let (severity, severity_name) = self.severity.pair();
+        let (class, class_name) = (self.class.uid(), self.class.name());
+        let (status, status_name) = if self.success {
+            (1, "Success")
+        } else {
+            (2, "Failure")
+        };
+        let fields = [
+            ("time", json!(self.time)),
+            ("message", json!(self.message)),
+            ("category_uid", json!(category)),
+            ("category_name", json!(category_name)),
+            ("class_uid", json!(class)),
+            ("class_name", json!(class_name)),
+            ("activity_id", json!(activity)),
+            ("activity_name", json!(activity_name)),
+            ("type_uid", json!(class * 100 + activity)),
+            ("type_name", json!(format!("{class_name}: {activity_name}"))),
+            ("severity_id", json!(severity)),
+            ("severity", json!(severity_name)),
+            ("status_id", json!(status)),
+            ("status", json!(status_name)),
+            (
+                "metadata",
+                json!({
+                    "version": OCSF_VERSION,
+                    "profiles": self.class.profiles(),
+                    "product": {
+                        "name": "remit",
+                        "vendor_name": "Remit project",
+                        "version": env!("CARGO_PKG_VERSION"),
+                        "feature": { "name": self.feature.0, "uid": self.feature.1 },
+                    },
+                    "log_name": self.code.log().name(),
+                    "log_provider": "remit",
+                    "event_code": self.code.name(),
+                    "sequence": sequence,
+                }),
+            ),
+            ("device", host.device()),
+        ];
+        fields
+            .map(|(key, value)| (key.to_owned(), value))
+            .into_iter()
+            .collect()
+    }
+}
+
+/// Sets `key` of an object, if there is a value.
+pub(super) fn put(object: &mut Value, key: &str, value: Option<impl Into<Value>>) {
+    if let (Some(map), Some(value)) = (object.as_object_mut(), value) {
+        map.insert(key.to_owned(), value.into());
+    }
+}
+
+/// RFC 3339 in UTC with milliseconds; a time beyond year 9999 stays a number.
+pub(super) fn rfc3339(millis: i64) -> String {
+    jiff::Timestamp::from_millisecond(millis)
+        .map_or_else(|_| millis.to_string(), |time| format!("{time:.3}"))
+}

@@ -1,0 +1,547 @@
+//! `remit explain`: what the registry on disk says, and beside it what the kernel says where there
+//! is a daemon. Both come from the same verdict, so where they differ the files are not what is in
+//! force; then the answer is no until somebody has looked.
+
+use std::net::IpAddr;
+
+use agent_ebpf::{
+    abi::{Addr, Class},
+    decide::Peer,
+};
+use serde::Serialize;
+
+use super::{
+    Global, client,
+    compiled::{Compiled, clock, compile},
+    destination::{Destination, TCP, UDP, What, icmp, written},
+    format,
+    outcome::{Failure, Outcome, Result},
+    output::{self, Output, Tone, plain, plain_lines},
+};
+use crate::{
+    control::{
+        client::{Client, ClientError},
+        protocol::{self, Answer, Code, Explain, Question, Source},
+    },
+    policy::{self, AgentTables, Clock, Entry, Outcome as Verdict},
+};
+
+/// An IP protocol that has no class of its own: SCTP.
+const OTHER: u8 = 132;
+
+/// Arguments of `remit explain`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The agent.
+    #[arg(value_name = "ID")]
+    agent: String,
+    /// ADDRESS, ADDRESS:PORT, ADDRESS:PORT/PROTO or ADDRESS/icmp; IPv6 in brackets before a port.
+    /// PROTO is tcp (the default), udp or any. Without a port: all that the scope says about the
+    /// address.
+    #[arg(value_name = "DEST[:PORT[/PROTO]]")]
+    destination: Destination,
+}
+
+/// One thing to ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Asked {
+    /// The destination in words.
+    label: String,
+    protocol: u8,
+    port: u16,
+    /// Whether this port is meant, and not one that stands for many.
+    exact: bool,
+}
+
+/// The whole answer.
+#[derive(Debug, Serialize)]
+struct Told {
+    agent: String,
+    destination: String,
+    /// Whether all, some or none of it is let through.
+    verdict: &'static str,
+    /// Whether registry and kernel agree; null without a kernel's answer.
+    agree: Option<bool>,
+    /// Why there is no kernel's answer.
+    kernel_missing: Option<String>,
+    answers: Vec<Row>,
+}
+
+/// The answers to one question.
+#[derive(Debug, Serialize)]
+struct Row {
+    destination: String,
+    registry: Option<Explain>,
+    /// Why, in a sentence.
+    because: Option<String>,
+    /// What would make it otherwise, in a sentence.
+    would_change: Option<String>,
+    kernel: Option<Explain>,
+    agree: Option<bool>,
+}
+
+/// What can be said without the kernel.
+struct Kernel {
+    client: Option<Client>,
+    missing: Option<String>,
+    /// The daemon answered, and has no such agent.
+    unknown_agent: bool,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
+    let settings = global.settings()?;
+    let compiled = compile(&settings, &[]);
+    let tables = compiled.agent(&arguments.agent);
+    let clock = clock()?;
+    let mut kernel = Kernel {
+        client: Some(client(&settings)?),
+        missing: None,
+        unknown_agent: false,
+    };
+
+    let mut answers = Vec::new();
+    for asked in ask(&arguments.destination, tables)? {
+        answers.push(row(arguments, &asked, tables, &clock, &mut kernel)?);
+    }
+    if answers
+        .iter()
+        .all(|row| row.registry.is_none() && row.kernel.is_none())
+    {
+        return Err(unanswered(&arguments.agent, &compiled, &kernel));
+    }
+    let told = Told {
+        agent: arguments.agent.clone(),
+        destination: arguments.destination.to_string(),
+        verdict: verdict(&answers),
+        agree: agreement(&answers),
+        kernel_missing: kernel.missing,
+        answers,
+    };
+    let outcome = Outcome::of(told.verdict != "denied" && told.agree != Some(false));
+    if output.wants_json() {
+        output.json(&told)?;
+    } else {
+        print(&told, output)?;
+    }
+    warn(&told, &compiled, tables.is_some());
+    Ok(outcome)
+}
+
+/// Everything to ask. Without a port, the scope says what there is to ask about.
+fn ask(destination: &Destination, tables: Option<&AgentTables>) -> Result<Vec<Asked>> {
+    let addr = destination.addr;
+    let questions = destination.questions();
+    if destination.what != What::Everything {
+        let asked = questions.into_iter().map(|(protocol, port)| Asked {
+            label: written(addr, protocol, port),
+            protocol,
+            port,
+            exact: true,
+        });
+        return Ok(asked.collect());
+    }
+    match tables {
+        Some(tables) => Ok(everything(addr, tables)),
+        None => Err(Failure::no(
+            "the registry on disk has no valid entry for this agent to say which ports matter",
+        )
+        .help(format!(
+            "name one: `{addr}:PORT`, with brackets around an IPv6 address"
+        ))),
+    }
+}
+
+/// One question for each rule at the address, and one for what no rule covers.
+fn everything(addr: IpAddr, tables: &AgentTables) -> Vec<Asked> {
+    let key = Addr::from(addr).effective();
+    let placed = tables
+        .scope
+        .reach
+        .iter()
+        .filter(|placed| placed.prefix.contains(&key))
+        .max_by_key(|placed| placed.prefix.len);
+    let rules = placed.map_or(&[][..], |placed| placed.rules.as_slice());
+    let mut asked: Vec<Asked> = rules
+        .iter()
+        .map(|rule| {
+            let (protocol, name) = match rule.class {
+                Some(Class::Tcp) => (TCP, "tcp"),
+                None => (TCP, "any"),
+                Some(Class::Udp) => (UDP, "udp"),
+                Some(Class::Icmp) => (icmp(addr), "icmp"),
+                Some(Class::Other) => (OTHER, "other"),
+            };
+            let ports = match (rule.low, rule.high) {
+                (0, u16::MAX) => String::new(),
+                (low, high) if low == high => format!(" {low}"),
+                (low, high) => format!(" {low}-{high}"),
+            };
+            let all = ports.is_empty() && rule.class.is_none();
+            let ports = if all {
+                " everything".to_owned()
+            } else {
+                format!("{ports} {name}")
+            };
+            Asked {
+                label: format!("{addr}{}", ports.replace("  ", " ")),
+                protocol,
+                port: rule.low.max(1),
+                exact: rule.low == rule.high,
+            }
+        })
+        .collect();
+    let class_of = |protocol| Some(Class::of(protocol));
+    let uncovered = [TCP, UDP, OTHER].into_iter().find_map(|protocol| {
+        let covers = |port: u16| {
+            rules.iter().any(|rule| {
+                (rule.class.is_none() || rule.class == class_of(protocol))
+                    && (rule.low..=rule.high).contains(&port)
+            })
+        };
+        (1..=u16::MAX)
+            .find(|port| !covers(*port))
+            .map(|port| (protocol, port))
+    });
+    if let Some((protocol, port)) = uncovered {
+        let label = if rules.is_empty() {
+            "everything"
+        } else {
+            "everything else"
+        };
+        asked.push(Asked {
+            label: format!("{addr} {label}"),
+            protocol,
+            port,
+            exact: false,
+        });
+    }
+    asked
+}
+
+fn row(
+    arguments: &Arguments,
+    asked: &Asked,
+    tables: Option<&AgentTables>,
+    clock: &Clock,
+    kernel: &mut Kernel,
+) -> Result<Row> {
+    let question = Question {
+        agent: arguments.agent.clone(),
+        addr: arguments.destination.addr,
+        port: asked.port,
+        protocol: asked.protocol,
+    };
+    let offline = tables.map(|tables| offline(tables, &question, clock));
+    let kernel = kernel.ask(&question)?;
+    let agree = match (&offline, &kernel) {
+        (Some((registry, _, _)), Some(kernel)) => {
+            Some(registry.verdict == kernel.verdict && registry.reason == kernel.reason)
+        }
+        _ => None,
+    };
+    let (registry, because, would_change) = match offline {
+        // Advice about the one port that was asked would mislead about the others.
+        Some((registry, because, change)) => {
+            (Some(registry), Some(because), asked.exact.then_some(change))
+        }
+        None => (None, None, None),
+    };
+    Ok(Row {
+        destination: asked.label.clone(),
+        registry,
+        because,
+        would_change,
+        kernel,
+        agree,
+    })
+}
+
+/// The registry's answer, why, and what would change it.
+fn offline(tables: &AgentTables, question: &Question, clock: &Clock) -> (Explain, String, String) {
+    let mut asked = policy::Question::to(question.addr, question.port, question.protocol);
+    let told = policy::explain(tables, &asked, clock);
+    // On loopback the answer may hang on who listens there; a foreign listener is the safe answer.
+    asked.peer = Peer::Own;
+    let own = policy::explain(tables, &asked, clock);
+    let note = (own.outcome != told.outcome).then(|| {
+        format!(
+            "{} when the listener there is the agent's own",
+            own.outcome.name()
+        )
+    });
+    let verdict = match told.outcome {
+        Verdict::Allowed => Answer::Allowed,
+        Verdict::Monitored => Answer::Monitored,
+        Verdict::Denied if told.reason == Some("fault") => Answer::Fault,
+        Verdict::Denied => Answer::Denied,
+    };
+    let explain = Explain {
+        question: question.clone(),
+        verdict,
+        reason: told.reason.map(str::to_owned),
+        entry: told.entry.as_ref().map(entry),
+        until_ms: tables.expires.filter(|_| verdict.passes()),
+        source: Source::Registry,
+        hash: tables.hash.clone(),
+        revision: 0,
+        note,
+    };
+    (explain, told.because, told.would_change)
+}
+
+fn entry(entry: &Entry) -> protocol::Entry {
+    protocol::Entry {
+        name: entry.name.clone(),
+        text: entry.text.clone(),
+        file: entry.file.clone(),
+        line: entry.line,
+        reason: entry.reason.clone(),
+    }
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// The kernel's answer, if there is a daemon to ask for it. A daemon that is there and fails is
+    /// a failure; one that is not, or does not talk to this user, is not.
+    fn ask(&mut self, question: &Question) -> Result<Option<Explain>> {
+        let Some(client) = &self.client else {
+            return Ok(None);
+        };
+        let path = format!(
+            "/explain?agent={}&addr={}&port={}&protocol={}",
+            super::agents::segment(&question.agent),
+            question.addr,
+            question.port,
+            question.protocol
+        );
+        match client.get::<Explain>(&path) {
+            Ok(explain) => Ok(Some(explain)),
+            Err(error) => {
+                match &error {
+                    ClientError::NoDaemon(_) | ClientError::NotAllowed(_) => {}
+                    ClientError::Refused(refusal) if refusal.code == Code::Forbidden => {}
+                    ClientError::Refused(refusal) if refusal.code == Code::NoSuchAgent => {
+                        self.unknown_agent = true;
+                    }
+                    _ => return Err(error.into()),
+                }
+                self.client = None;
+                self.missing = Some(error.to_string());
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Nobody could say anything.
+fn unanswered(agent: &str, compiled: &Compiled, kernel: &Kernel) -> Failure {
+    let troubles = compiled.troubles(agent);
+    for trouble in &troubles {
+        output::talk(format_args!("{}\n", plain_lines(trouble)));
+    }
+    let agent = plain(agent);
+    if troubles.is_empty() {
+        return Failure::no(format!("no agent `{agent}` in the registry"))
+            .help("`remit check` lists what is wrong with files that were not compiled");
+    }
+    let kernel = kernel
+        .missing
+        .as_deref()
+        .unwrap_or("no answer from the kernel");
+    Failure::unknown(format!(
+        "the entry of `{agent}` does not compile, and {kernel}"
+    ))
+}
+
+/// What counts: the kernel's answer where there is one.
+fn answer(row: &Row) -> Option<&Explain> {
+    row.kernel.as_ref().or(row.registry.as_ref())
+}
+
+fn verdict(answers: &[Row]) -> &'static str {
+    let mut passing = answers
+        .iter()
+        .map(|row| answer(row).is_some_and(|told| told.verdict.passes()));
+    if let [row] = answers {
+        return answer(row).map_or("denied", |told| told.verdict.name());
+    }
+    let some = answers
+        .iter()
+        .any(|row| answer(row).is_some_and(|told| told.verdict.passes()));
+    match (passing.all(|passes| passes), some) {
+        (true, _) => "allowed",
+        (false, true) => "partly",
+        (false, false) => "denied",
+    }
+}
+
+fn agreement(answers: &[Row]) -> Option<bool> {
+    let told: Vec<bool> = answers.iter().filter_map(|row| row.agree).collect();
+    (!told.is_empty()).then(|| told.iter().all(|agree| *agree))
+}
+
+// === for people ===
+
+fn print(told: &Told, output: &Output) -> Result<()> {
+    for row in &told.answers {
+        let Some(counts) = answer(row) else { continue };
+        let (tone, word) = match counts.verdict {
+            Answer::Allowed => (Tone::Good, "allowed"),
+            Answer::Monitored => (Tone::Doubtful, "allowed and reported"),
+            Answer::Denied => (Tone::Bad, "denied"),
+            Answer::Fault => (Tone::Bad, "denied by a fault"),
+        };
+        let reason = counts
+            .reason
+            .as_deref()
+            .map_or_else(String::new, |reason| format!(": {reason}"));
+        output.line(format_args!(
+            "{} {} to {}{}",
+            output.paint(tone, word),
+            plain(&told.agent),
+            plain(&row.destination),
+            plain(&reason)
+        ))?;
+        if let Some(registry) = &row.registry {
+            output.line(format_args!("  registry  {}", sentence(registry)))?;
+        }
+        if let Some(kernel) = &row.kernel {
+            let revision = kernel.revision;
+            output.line(format_args!(
+                "  kernel    {}, revision {revision}",
+                sentence(kernel)
+            ))?;
+        }
+        for (name, text) in [("because", &row.because), ("change", &row.would_change)] {
+            if let Some(text) = text {
+                output.line(format_args!("  {name:<9} {}", plain(text)))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn sentence(told: &Explain) -> String {
+    let by = match &told.entry {
+        Some(entry) => format!(
+            " by {} ({})",
+            entry.name,
+            format::place(&entry.file, entry.line)
+        ),
+        None => told
+            .reason
+            .as_ref()
+            .map_or_else(String::new, |reason| format!(", {reason}")),
+    };
+    let note = told
+        .note
+        .as_ref()
+        .map_or_else(String::new, |note| format!("; {note}"));
+    plain(&format!("{}{by}{note}", told.verdict.name()))
+}
+
+/// What must not be missed.
+fn warn(told: &Told, compiled: &Compiled, compiles: bool) {
+    let agent = plain(&told.agent);
+    if !compiles {
+        for trouble in compiled.troubles(&told.agent) {
+            output::talk(format_args!("{}\n", plain_lines(&trouble)));
+        }
+        output::talk(format_args!(
+            "the registry on disk has no valid entry for `{agent}`: the kernel's answer stands alone"
+        ));
+    }
+    if told.agree == Some(false) {
+        output::warning(
+            "registry and kernel DISAGREE: what is on disk is not what is in force; try `remit \
+             reload`",
+        );
+    }
+    let changed = |row: &Row| match (&row.registry, &row.kernel) {
+        (Some(registry), Some(kernel)) => registry.hash != kernel.hash,
+        _ => false,
+    };
+    if told.agree == Some(true) && told.answers.iter().any(changed) {
+        output::talk("the entry on disk is not the one in force, though both say the same here");
+    }
+    if let Some(missing) = &told.kernel_missing {
+        output::talk(format_args!(
+            "{}: answered from the registry alone",
+            plain(missing)
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Source as File, SourceKind};
+
+    const ENTRY: &str = r#"
+schema = 1
+[agent]
+id = "a"
+owner = "alice@example.com"
+[lifecycle]
+state = "active"
+approved_by = "dave@example.com"
+expires = 2999-01-01T00:00:00Z
+[selector]
+cgroup = ["/agents.slice/a"]
+[[scope.allow]]
+to = "10.0.0.0/8"
+ports = [443, "8000-8100", "53/udp"]
+[[scope.allow]]
+to = "192.0.2.1"
+ports = ["any"]
+"#;
+
+    fn tables() -> AgentTables {
+        let source = File {
+            path: "a.toml".into(),
+            text: ENTRY.to_owned(),
+            kind: SourceKind::Agent,
+        };
+        let compilation = policy::compile(&[source], 0);
+        assert!(!compilation.has_errors(), "{:?}", compilation.findings);
+        compilation.agent("a").unwrap().clone()
+    }
+
+    fn labels(addr: &str) -> Vec<String> {
+        let asked = everything(addr.parse().unwrap(), &tables());
+        asked.into_iter().map(|asked| asked.label).collect()
+    }
+
+    #[test]
+    fn without_a_port_the_scope_says_what_to_ask() {
+        assert_eq!(
+            labels("10.1.2.3"),
+            [
+                "10.1.2.3 443 tcp",
+                "10.1.2.3 8000-8100 tcp",
+                "10.1.2.3 53 udp",
+                "10.1.2.3 everything else",
+            ]
+        );
+        assert_eq!(labels("192.0.2.1"), ["192.0.2.1 everything"]);
+        assert_eq!(labels("198.51.100.1"), ["198.51.100.1 everything"]);
+    }
+
+    #[test]
+    fn loopback_says_what_its_answer_hangs_on() {
+        let question = Question {
+            agent: "a".to_owned(),
+            addr: "127.0.0.1".parse().unwrap(),
+            port: 80,
+            protocol: TCP,
+        };
+        let (told, _, _) = offline(&tables(), &question, &clock().unwrap());
+        assert_eq!(told.verdict, Answer::Denied);
+        assert_eq!(told.reason.as_deref(), Some("loopback_foreign"));
+        assert_eq!(
+            told.note.as_deref(),
+            Some("allowed when the listener there is the agent's own")
+        );
+    }
+}

@@ -1,0 +1,150 @@
+//! The command line: what can be asked, and nothing of how it is done. The doc comments are the
+//! help texts. Each command has a file of its own, and only [`output`] prints.
+
+mod agents;
+mod check;
+mod compiled;
+mod daemon;
+mod destination;
+mod explain;
+mod format;
+mod outcome;
+mod output;
+mod reload;
+mod run;
+mod status;
+mod support;
+mod tail;
+
+use std::{ffi::OsString, path::Path, process::ExitCode};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use outcome::Result;
+use output::Output;
+
+use crate::{
+    control::client::Client,
+    daemon::settings::{Settings, SettingsError},
+};
+
+/// Makes an AI agent's registry entry what the kernel enforces.
+///
+/// Exit codes: 0 done, allowed, valid, healthy; 1 the answer is no (denied, invalid, not
+/// enforcing); 2 wrong usage; 3 it could not be told (no daemon, for example).
+#[derive(Debug, Parser)]
+#[command(name = "remit", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Args)]
+struct Global {
+    /// Settings to use instead of /etc/remit/remit.toml.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "REMIT_CONFIG",
+        hide_env_values = true
+    )]
+    config: Option<OsString>,
+    /// Print stable JSON on stdout.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Enforce the registry: load the fence, keep it true, write down what it refuses.
+    Daemon(daemon::Arguments),
+    /// Run a command as an agent, and exit as it does.
+    Run(run::Arguments),
+    /// Compile the registry offline and print the findings.
+    Check(check::Arguments),
+    /// Say whether an agent may reach a destination, by which entry and why.
+    Explain(explain::Arguments),
+    /// Say whether this host enforces: each guard and each agent, read back from the kernel.
+    Status,
+    /// Print the registry as it is in force.
+    Agents(agents::Arguments),
+    /// Print violations, one line each.
+    Tail(tail::Arguments),
+    /// Compile the registry and swap it in.
+    Reload,
+    /// Print a completion script for a shell.
+    Completions(support::Completions),
+    /// Print the manual page.
+    Man(support::Man),
+}
+
+/// Runs the command that `arguments` (the program's name first) ask for.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => return output::parser(&error).into(),
+    };
+    let outcome = arguments.global.run(arguments.command);
+    outcome
+        .unwrap_or_else(|failure| {
+            output::failure(&failure);
+            failure.outcome
+        })
+        .into()
+}
+
+// === impl Global ===
+
+impl Global {
+    fn run(&self, command: Command) -> Result {
+        let output = Output::new(self.json);
+        // What a `remit run` that was killed left behind, once nothing runs in it any more.
+        if let Ok(settings) = self.load_settings() {
+            for name in crate::daemon::standalone::sweep(&settings) {
+                output::talk(format!("swept the fence that run {name} left behind"));
+            }
+        }
+        match command {
+            Command::Daemon(arguments) => daemon::run(self, &arguments),
+            Command::Run(arguments) => run::run(self, arguments),
+            Command::Check(arguments) => check::run(self, &arguments, &output),
+            Command::Explain(arguments) => explain::run(self, &arguments, &output),
+            Command::Status => status::run(self, &output),
+            Command::Agents(arguments) => agents::run(self, &arguments, &output),
+            Command::Tail(arguments) => tail::run(self, &arguments, &output),
+            Command::Reload => reload::run(self, &output),
+            Command::Completions(arguments) => support::completions(&arguments, &output),
+            Command::Man(arguments) => support::man(&arguments, &output),
+        }
+    }
+
+    /// The settings in force for this command.
+    fn settings(&self) -> Result<Settings> {
+        Ok(self.load_settings()?)
+    }
+
+    fn load_settings(&self) -> std::result::Result<Settings, SettingsError> {
+        // An empty variable is one that is not set.
+        let config = self.config.as_deref().filter(|path| !path.is_empty());
+        Settings::load(config.map(Path::new))
+    }
+
+    /// A client for the daemon that the settings name.
+    fn client(&self) -> Result<Client> {
+        client(&self.settings()?)
+    }
+}
+
+fn client(settings: &Settings) -> Result<Client> {
+    use anyhow::Context as _;
+    let socket = settings.socket();
+    Ok(Client::new(&socket).context("cannot start a runtime for the control socket")?)
+}
+
+/// The definitions, for what is made out of them.
+fn definitions() -> clap::Command {
+    Arguments::command()
+}

@@ -1,0 +1,143 @@
+//! `remit status`: the posture, and the proof for it. 0 only when everything that the settings ask
+//! for is live.
+
+use super::{
+    Global, format,
+    outcome::{Outcome, Result},
+    output::{Columns, Output, Tone, plain, plain_lines},
+};
+use crate::control::protocol::{AgentStatus, Guard, GuardState, Posture, Status};
+
+pub(super) fn run(global: &Global, output: &Output) -> Result {
+    let status: Status = global.client()?.get("/status")?;
+    if output.wants_json() {
+        output.json(&status)?;
+    } else {
+        print(&status, output)?;
+    }
+    Ok(Outcome::of(status.posture == Posture::Enforcing))
+}
+
+fn print(status: &Status, output: &Output) -> Result<()> {
+    let (tone, posture) = match status.posture {
+        Posture::Enforcing => (Tone::Good, "enforcing"),
+        Posture::Degraded => (Tone::Doubtful, "degraded"),
+        Posture::NotEnforcing => (Tone::Bad, "NOT ENFORCING"),
+    };
+    output.line(format_args!(
+        "{} since {}, revision {}, remit {}",
+        output.paint(tone, posture),
+        format::time(status.since_ms),
+        status.revision,
+        plain(&status.version),
+    ))?;
+    for reason in &status.reasons {
+        output.line(format_args!("  because {}", plain(reason)))?;
+    }
+    output.line("")?;
+    output.columns(&guards(&status.guards))?;
+    output.line("")?;
+    if status.agents.is_empty() {
+        output.line("No agents are registered: everything in the roots is denied.")?;
+    } else {
+        output.columns(&agents(&status.agents))?;
+    }
+    details(&status.agents, output)?;
+    output.line(format_args!(
+        "\nregistry: {}, {}, {}",
+        format::count(status.registry.files, "file"),
+        format::count(status.registry.errors, "error"),
+        format::count(status.registry.warnings, "warning"),
+    ))?;
+    for finding in &status.findings {
+        output.line(format_args!("\n{}", plain_lines(finding)))?;
+    }
+    Ok(())
+}
+
+fn guards(guards: &[Guard]) -> Columns {
+    let mut columns = Columns::new(&["GUARD", "KIND", "ROOT", "STATE", "EVIDENCE"]);
+    for guard in guards {
+        let state = match guard.state {
+            GuardState::Live => "live",
+            GuardState::Degraded => "DEGRADED",
+            GuardState::Absent => "ABSENT",
+            GuardState::Off => "off",
+        };
+        columns.row(&[
+            guard.name.as_str(),
+            &guard.kind,
+            guard.root.as_deref().unwrap_or("-"),
+            state,
+            &guard.evidence,
+        ]);
+    }
+    columns
+}
+
+fn agents(agents: &[AgentStatus]) -> Columns {
+    let mut columns = Columns::new(&[
+        "AGENT",
+        "STATE",
+        "MODE",
+        "REVISION",
+        "CGROUPS",
+        "PROCESSES",
+        "ALLOWED",
+        "DENIED",
+        "MONITORED",
+        "EXPIRES",
+    ]);
+    for agent in agents {
+        columns.row(&[
+            agent.id.clone(),
+            agent.state.clone(),
+            agent.mode.clone(),
+            agent.revision.to_string(),
+            agent.cgroups.len().to_string(),
+            agent.processes.to_string(),
+            agent.allowed.to_string(),
+            agent.denied.to_string(),
+            agent.monitored.to_string(),
+            format::end(agent.expires_ms),
+        ]);
+    }
+    columns
+}
+
+/// What does not fit into a column: cgroups, reasons, the last violation, a kept entry.
+fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
+    for agent in agents {
+        let mut lines = Vec::new();
+        for cgroup in &agent.cgroups {
+            let (path, processes) = (plain(&cgroup.path), cgroup.processes);
+            lines.push(format!("cgroup {path}, processes: {processes}"));
+        }
+        if !agent.by_reason.is_empty() {
+            let reasons: Vec<_> = agent
+                .by_reason
+                .iter()
+                .map(|(reason, count)| format!("{} {count}", plain(reason)))
+                .collect();
+            lines.push(format!("reasons {}", reasons.join(", ")));
+        }
+        if let Some(last) = &agent.last_violation {
+            lines.push(format!("last {}", plain(&last.text)));
+        }
+        if let Some(finding) = &agent.finding {
+            let mark = output.paint(Tone::Bad, "last good entry kept:");
+            lines.push(format!("{mark} {}", plain_lines(finding)));
+        }
+        if lines.is_empty() {
+            continue;
+        }
+        output.line(format_args!(
+            "\n{}",
+            output.paint(Tone::Strong, &plain(&agent.id))
+        ))?;
+        for line in lines {
+            output.line(format_args!("  {line}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! The control socket: HTTP/JSON on a unix socket, for the command line and for whoever speaks
+//! `curl --unix-socket`. Who may ask what is decided by what the kernel says of the peer, never by
+//! what the peer says:
+//!
+//! | the peer                                              | [`Rights`] |
+//! |-------------------------------------------------------|------------|
+//! | runs below a governed root, or it can't be told where | `OnlySelf` |
+//! | otherwise: root                                       | `Change`   |
+//! | otherwise: in the group `remit`                       | `Read`     |
+//! | anyone else                                           | `Nothing`  |
+//!
+//! The first row comes first: root inside the fence is an agent, not an administrator.
+//!
+//! The server knows nothing of the daemon. It hands on [`Call`]s, and each carries the sender to
+//! answer through.
+
+pub mod client;
+mod holder;
+pub mod peer;
+pub mod protocol;
+pub mod server;
+
+use tokio::sync::oneshot;
+
+pub use peer::{Caller, Rights};
+use protocol::{
+    Agent, Agents, Explain, Myself, Question, Refusal, Reload, RunGrant, RunRequest, Status,
+};
+
+/// Where the answer to a [`Request`] goes. Dropped without one, the caller is told so.
+pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// A request that its caller has the right to make.
+#[derive(Debug)]
+pub struct Call {
+    /// Who asks, as settled when the connection was accepted.
+    pub caller: Caller,
+    /// What.
+    pub request: Request,
+}
+
+/// What can be asked. Rights are checked before a request is made into one of these.
+#[derive(Debug)]
+pub enum Request {
+    /// `GET /v1/status`.
+    Status(Reply<Status>),
+    /// `GET /v1/agents`.
+    Agents(Reply<Agents>),
+    /// `GET /v1/agents/ID`.
+    Agent(String, Reply<Agent>),
+    /// `GET /v1/explain`.
+    Explain(Question, Reply<Explain>),
+    /// `POST /v1/reload`.
+    Reload(Reply<Reload>),
+    /// `POST /v1/run`.
+    Run(RunRequest, Reply<RunGrant>),
+    /// `GET /v1/self`, from a caller with [`Rights::OnlySelf`].
+    Myself(Reply<Myself>),
+}

@@ -1,0 +1,273 @@
+//! The daemon: the only place where the other modules meet.
+//!
+//! Start order, each step before the next and all before `READY=1`: settings, lock, registry
+//! compiled, object loaded and its layout compared, tables filled and read back, cgroups
+//! attributed, roots fenced and read back, the kernel's own verdict compared with memory's, logs
+//! open, control socket bound. Whatever fails ends the start; what an earlier daemon left in force
+//! stays in force.
+//!
+//! One task, [`core::Core`], owns the kernel side and all state; the control server and the
+//! watchers only send to it.
+
+mod answers;
+mod core;
+mod force;
+mod lock;
+mod recorder;
+pub mod registry;
+mod selftest;
+pub mod settings;
+pub mod standalone;
+mod time;
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use inotify::{Inotify, WatchMask};
+use tokio::{
+    io::unix::AsyncFd,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{info, warn};
+
+use self::{core::Core, settings::Settings};
+use crate::{
+    audit::LogError,
+    cgroup::{self, Watcher},
+    control,
+    kernel::{self, ApplyError, AttachError, OpenError},
+};
+
+pub use force::Unusable;
+pub use lock::{Lock, LockError};
+
+/// What a start is told beside the settings.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The BPF object; normally [`kernel::EMBEDDED`]. Tests hand in broken ones.
+    pub object: std::borrow::Cow<'static, [u8]>,
+    /// Level of the kernel side's own debugging log: 0 off, 1 error to 5 trace.
+    pub kernel_log: u8,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            object: kernel::EMBEDDED.into(),
+            kernel_log: 0,
+        }
+    }
+}
+
+/// Why the daemon did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another one runs.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// `containment = "require"`.
+    #[error(
+        "`enforcement.containment` is \"require\", and this build has no containment guards yet; \
+         \"auto\" starts without them and says so in `remit status`"
+    )]
+    Containment,
+    /// The registry may not come into force.
+    #[error(transparent)]
+    Registry(#[from] Unusable),
+    /// The kernel side.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Filling the tables.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// Fencing a root.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Cgroups.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// A root's name.
+    #[error("root `{0}` is no cgroup path: {1}")]
+    Root(String, cgroup::PathError),
+    /// Selectors of the registry.
+    #[error(transparent)]
+    Selectors(#[from] cgroup::SelectorError),
+    /// The kernel's verdict is not memory's.
+    #[error("self-test: {0}; nothing is declared ready on such grounds")]
+    SelfTest(String),
+    /// A log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The control socket.
+    #[error(transparent)]
+    Socket(#[from] control::server::BindError),
+    /// Something of the operating system.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Runs the daemon until it is told to stop. On SIGTERM and SIGINT the fence stays.
+pub fn run(settings: Settings, options: Options) -> Result<(), DaemonError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::System {
+            what: "start the runtime",
+            source,
+        })?;
+    runtime.block_on(serve(settings, options))
+}
+
+/// Takes the whole fence down: the only way to stop enforcing. Returns the directories that were
+/// removed.
+pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
+    let _lock = Lock::take(&settings.paths.run)?;
+    let removed = core::detach_all(settings)?;
+    Ok(removed)
+}
+
+const DRAIN_EVERY: Duration = Duration::from_millis(5);
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
+/// Registry files change in bursts; they are read once they have been quiet this long.
+const QUIET: Duration = Duration::from_millis(200);
+
+async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> {
+    let system = |what| move |source| DaemonError::System { what, source };
+    let _lock = Lock::take(&settings.paths.run)?;
+    let mut core = Core::start(&settings, &options)?;
+    if options.kernel_log > 0 {
+        core.log_kernel();
+    }
+    let listener = control::server::Listener::bind(&settings.socket(), READERS)?;
+    let (calls, mut requests) = mpsc::channel(64);
+    let roots = core.roots_in_proc();
+    let server = tokio::spawn(control::server::serve(listener, roots, calls));
+
+    let mut terminate = signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system("catch SIGINT"))?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(system("catch SIGHUP"))?;
+    let mut reopen = signal(SignalKind::user_defined1()).map_err(system("catch SIGUSR1"))?;
+
+    let mut watcher = Watcher::new(
+        core.hierarchy().clone(),
+        core.roots().to_vec(),
+        core.selectors(),
+    )?;
+    let mut files = watch_files(&settings).map_err(system("watch the registry"))?;
+    let mut due: Option<Instant> = None;
+    let mut drain = interval(DRAIN_EVERY);
+    drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut settle = interval(SETTLE_EVERY);
+    settle.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reconcile = interval(settings.reconcile.every.unwrap_or(Duration::from_secs(5)));
+    reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
+
+    core.started();
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        warn!(message = "The service manager could not be told.", %error);
+    }
+    info!(message = "Enforcing.", revision = core.revision());
+
+    let reason = loop {
+        let mut selectors = None;
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => break "SIGTERM",
+            _ = interrupt.recv() => break "SIGINT",
+            changes = watcher.changes() => {
+                match changes {
+                    Ok(changes) => core.cgroups_changed(&changes),
+                    Err(error) => {
+                        warn!(message = "Cgroups are not watched any more; polling.", %error);
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        core.survey();
+                    }
+                }
+            }
+            Some(call) = requests.recv() => {
+                let reloaded = core.answer(call);
+                if reloaded {
+                    selectors = Some(core.selectors());
+                }
+            }
+            _ = drain.tick() => core.drain(),
+            _ = settle.tick() => {
+                if core.settle() {
+                    selectors = Some(core.selectors());
+                }
+            }
+            _ = reconcile.tick() => core.survey(),
+            _ = hang_up.recv() => {
+                // What came of it is in the log and in `status`.
+                drop(core.reload());
+                selectors = Some(core.selectors());
+            }
+            _ = reopen.recv() => core.reopen_logs(),
+            changed = files.readable_mut() => {
+                if let Ok(mut guard) = changed {
+                    // That something changed is all there is to know; which file is found anew.
+                    while guard
+                        .get_inner_mut()
+                        .read_events(&mut [0; 4096])
+                        .is_ok_and(|mut events| events.next().is_some())
+                    {}
+                    guard.clear_ready();
+                }
+                due = Some(Instant::now() + QUIET);
+            }
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                due = None;
+                // What came of it is in the log and in `status`.
+                drop(core.reload());
+                selectors = Some(core.selectors());
+            }
+        }
+        if let Some(selectors) = selectors
+            && let Err(error) = watcher.replace(core.roots().to_vec(), Arc::clone(&selectors))
+        {
+            warn!(message = "Cgroups are watched with the old selectors; polling.", %error);
+        }
+    };
+    server.abort();
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
+        warn!(message = "The service manager could not be told.", %error);
+    }
+    core.stop(reason);
+    Ok(())
+}
+
+/// The group that may read the control socket.
+const READERS: &str = "remit";
+
+/// Watches the folders of the registry. A folder that is not there is watched for by its parent.
+fn watch_files(settings: &Settings) -> io::Result<AsyncFd<Inotify>> {
+    let inotify = Inotify::init()?;
+    let mask = WatchMask::CLOSE_WRITE
+        | WatchMask::MOVED_TO
+        | WatchMask::MOVED_FROM
+        | WatchMask::DELETE
+        | WatchMask::ATTRIB;
+    let folders = std::iter::once(&settings.paths.registry).chain(&settings.paths.sets);
+    for folder in folders {
+        match inotify.watches().add(folder, mask) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    // The floor is one file, which editors replace: its folder is watched.
+    if let Some(folder) = settings.paths.floor.parent()
+        && folder.is_dir()
+    {
+        inotify.watches().add(folder, mask)?;
+    }
+    AsyncFd::register(inotify)
+}

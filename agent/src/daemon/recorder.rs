@@ -1,0 +1,389 @@
+//! From the kernel's records to lines in the log. The ledger decides how many attempts a line
+//! stands for; this module only looks up who and where, and writes.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+};
+
+use agent_ebpf::abi::{Event, Fold, NO_ENTRY, UNREGISTERED};
+use tracing::warn;
+
+use super::time::Offset;
+use crate::{
+    audit::{
+        Allowance, Context, Dropped, Key, Ledger, Log, Owed, ProcessInfo, Processes, Subject,
+        Violation, human, ocsf::Host,
+    },
+    cgroup::Hierarchy,
+    control::protocol::{Denial, LastViolation},
+    kernel::Enforcer,
+    policy::{AgentTables, Entry},
+};
+
+/// Policies whose entries are remembered after they have left force: records may lag behind.
+const POLICIES: usize = 4096;
+/// Denials kept for each agent to be told of.
+const DENIALS: usize = 16;
+/// Cgroup paths remembered, so that a burst of records costs one look-up.
+const PATHS: usize = 4096;
+
+/// An agent as it was under one policy.
+#[derive(Clone)]
+struct Known {
+    subject: Subject,
+    entries: Arc<AgentTables>,
+}
+
+/// Where the lines go.
+pub enum Sink {
+    /// The violation log.
+    Log(Box<Log>),
+    /// Memory, for `remit run` without a daemon.
+    Memory(Vec<serde_json::Value>),
+}
+
+/// Everything that a line needs.
+pub struct Recorder {
+    sink: Sink,
+    host: Host,
+    ledger: Ledger,
+    processes: Processes,
+    hierarchy: Hierarchy,
+    policies: HashMap<u64, Known>,
+    order: VecDeque<u64>,
+    present: HashMap<u32, (u64, Known)>,
+    paths: HashMap<u64, Option<String>>,
+    denials: BTreeMap<String, VecDeque<Denial>>,
+    last: BTreeMap<String, LastViolation>,
+    revision: u64,
+    offset: Offset,
+}
+
+impl Recorder {
+    /// A recorder without agents yet.
+    pub fn new(sink: Sink, allowance: Allowance, hierarchy: Hierarchy, offset: Offset) -> Self {
+        Self {
+            sink,
+            host: Host::read(),
+            ledger: Ledger::new(allowance),
+            processes: Processes::default(),
+            hierarchy,
+            policies: HashMap::new(),
+            order: VecDeque::new(),
+            present: HashMap::new(),
+            paths: HashMap::new(),
+            denials: BTreeMap::new(),
+            last: BTreeMap::new(),
+            revision: 0,
+            offset,
+        }
+    }
+
+    /// The host that lines name.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The ledger, to start from what an earlier daemon wrote.
+    pub fn ledger(&mut self) -> &mut Ledger {
+        &mut self.ledger
+    }
+
+    /// The clocks have stepped.
+    pub fn set_offset(&mut self, offset: Offset) {
+        self.offset = offset;
+    }
+
+    /// Learns which agents and policies the kernel's numbers mean from now on.
+    pub fn learn<'a>(
+        &mut self,
+        enforcer: &Enforcer,
+        revision: u64,
+        tables: impl IntoIterator<Item = &'a Arc<AgentTables>>,
+    ) {
+        self.revision = revision;
+        self.present.clear();
+        for tables in tables {
+            let Some(index) = enforcer.index_of(&tables.id) else {
+                continue;
+            };
+            let Some(policy) = enforcer.policy_of(index) else {
+                continue;
+            };
+            let subject = if index == UNREGISTERED {
+                Subject::unregistered(tables.hash.clone())
+            } else {
+                Subject::from(tables.as_ref())
+            };
+            let known = Known {
+                subject,
+                entries: Arc::clone(tables),
+            };
+            if self.policies.insert(policy, known.clone()).is_none() {
+                self.order.push_back(policy);
+            }
+            self.present.insert(index, (policy, known));
+        }
+        while self.order.len() > POLICIES {
+            if let Some(oldest) = self.order.pop_front()
+                && !self.present.values().any(|(policy, _)| *policy == oldest)
+            {
+                self.policies.remove(&oldest);
+            }
+        }
+        // Cgroups come and go with the registry's changes as well.
+        self.paths.clear();
+    }
+
+    /// Takes in what the ring has; returns how many records there were.
+    pub fn drain(&mut self, enforcer: &mut Enforcer) -> usize {
+        const AT_ONCE: usize = 1024;
+        let events = enforcer.drain(AT_ONCE);
+        let now = crate::kernel::boot_nanos();
+        for event in &events {
+            if let Some(count) = self.ledger.record(now, event) {
+                self.write_event(now, event, count);
+            }
+        }
+        events.len()
+    }
+
+    /// Once a second, after the ring was drained: what folds and losses still owe.
+    pub fn settle(&mut self, enforcer: &mut Enforcer) {
+        while self.drain(enforcer) > 0 {}
+        let now = crate::kernel::boot_nanos();
+        let folds: Vec<(u32, Fold)> = enforcer
+            .folds()
+            .into_iter()
+            .map(|(cpu, slot, fold)| (cpu << 16 | slot, fold))
+            .collect();
+        for residual in self.ledger.folds(now, folds) {
+            self.write_fold(now, &residual.fold, residual.count);
+        }
+        let counters: Vec<_> = enforcer
+            .indices()
+            .into_iter()
+            .filter_map(|(_, index)| enforcer.counters(index).map(|counters| (index, counters)))
+            .collect();
+        for owed in self.ledger.tick(now, counters) {
+            self.write_owed(now, &owed);
+        }
+    }
+
+    fn known(&self, agent: u32, policy: u64) -> Known {
+        self.policies
+            .get(&policy)
+            .or_else(|| self.present.get(&agent).map(|(_, known)| known))
+            .cloned()
+            .unwrap_or_else(|| Known {
+                subject: Subject::unregistered(String::new()),
+                entries: Arc::new(AgentTables::nobody()),
+            })
+    }
+
+    fn path(&mut self, cgroup: u64) -> Option<String> {
+        if self.paths.len() > PATHS {
+            self.paths.clear();
+        }
+        let hierarchy = &self.hierarchy;
+        self.paths
+            .entry(cgroup)
+            .or_insert_with(|| {
+                hierarchy
+                    .path_of(cgroup)
+                    .ok()
+                    .flatten()
+                    .map(|path| path.to_string())
+            })
+            .clone()
+    }
+
+    fn context(
+        &mut self,
+        known: &Known,
+        process: ProcessInfo,
+        cgroup: u64,
+        entry: u32,
+        time: u64,
+        count: u64,
+    ) -> Context {
+        let entry: Option<&Entry> = (entry != NO_ENTRY)
+            .then(|| {
+                usize::try_from(entry)
+                    .ok()
+                    .and_then(|at| known.entries.entries.get(at))
+            })
+            .flatten();
+        Context {
+            time: self.offset.wall(time),
+            agent: known.subject.clone(),
+            process: self.processes.enrich(process),
+            cgroup: self.path(cgroup),
+            entry: entry.map(Into::into),
+            dst_name: None,
+            revision: self.revision,
+            count,
+        }
+    }
+
+    fn write_event(&mut self, now: u64, event: &Event, count: u64) {
+        let known = self.known(event.agent, event.policy);
+        let process = ProcessInfo::from_event(event);
+        let context = self.context(
+            &known,
+            process,
+            event.cgroup,
+            event.entry,
+            event.time,
+            count,
+        );
+        if let Some(violation) = Violation::from_event(event, context) {
+            self.write(now, event.agent, &violation, count);
+        }
+    }
+
+    fn write_fold(&mut self, now: u64, fold: &Fold, count: u64) {
+        let known = self.known(fold.agent, 0);
+        let process = ProcessInfo::from_fold(fold);
+        let context = self.context(&known, process, fold.cgroup, fold.entry, now, count);
+        if let Some(violation) = Violation::from_fold(fold, context) {
+            self.write(now, fold.agent, &violation, count);
+        }
+    }
+
+    fn write(&mut self, now: u64, agent: u32, violation: &Violation, count: u64) {
+        let key = Key {
+            agent,
+            verdict: violation.verdict,
+            reason: violation.reason,
+        };
+        let host = self.host.clone();
+        let line = self.append(now, key, count, |sequence| {
+            violation.to_ocsf(&host, sequence)
+        });
+        let Some(text) = line else { return };
+        let id = violation.agent.id.clone();
+        self.last.insert(
+            id.clone(),
+            LastViolation {
+                time_ms: violation.time,
+                text: text.clone(),
+            },
+        );
+        let destination = violation
+            .dst
+            .map_or_else(String::new, |dst| match dst.port {
+                Some(port) => std::net::SocketAddr::new(dst.ip, port).to_string(),
+                None => dst.ip.to_string(),
+            });
+        let denials = self.denials.entry(id).or_default();
+        denials.push_front(Denial {
+            time_ms: violation.time,
+            destination,
+            reason: violation.reason.name().to_owned(),
+            text,
+        });
+        denials.truncate(DENIALS);
+    }
+
+    fn write_owed(&mut self, now: u64, owed: &Owed) {
+        let known = self.known(owed.key.agent, 0);
+        let dropped = Dropped {
+            time: self.offset.wall(now),
+            agent: known.subject,
+            verdict: owed.key.verdict,
+            reason: owed.key.reason,
+            lost: owed.lost,
+            cgroup: None,
+            revision: self.revision,
+        };
+        let host = self.host.clone();
+        let count = owed.lost.sum();
+        self.append(now, owed.key, count, |sequence| {
+            dropped.to_ocsf(&host, sequence)
+        });
+    }
+
+    /// Appends a line; returns its text for people, or none where it could not be written, which
+    /// the ledger is told.
+    fn append(
+        &mut self,
+        now: u64,
+        key: Key,
+        count: u64,
+        build: impl Fn(u64) -> serde_json::Value,
+    ) -> Option<String> {
+        match &mut self.sink {
+            Sink::Memory(lines) => {
+                let value = build(lines.len() as u64 + 1);
+                let text = human(&value, false);
+                lines.push(value);
+                Some(text)
+            }
+            Sink::Log(log) => {
+                let mut text = String::new();
+                let appended = log.append(|sequence| {
+                    let value = build(sequence);
+                    text = human(&value, false);
+                    value
+                });
+                match appended {
+                    Ok(bytes) => {
+                        self.ledger.spend(now, key.agent, bytes);
+                        Some(text)
+                    }
+                    Err(error) => {
+                        warn!(message = "A violation could not be written; it is counted.", %error);
+                        self.ledger.unwritten(key, count);
+                        None
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether some attempt that the kernel counted has no line yet.
+    pub fn owes(&self, enforcer: &Enforcer) -> bool {
+        let written: u64 = self.ledger.written().map(|(_, count)| count).sum();
+        let counted: u64 = enforcer
+            .indices()
+            .into_iter()
+            .filter_map(|(_, index)| enforcer.counters(index))
+            .map(|counters| {
+                counters.denied.iter().sum::<u64>() + counters.monitored.iter().sum::<u64>()
+            })
+            .sum();
+        written < counted
+    }
+
+    /// The newest violation of an agent.
+    pub fn last(&self, id: &str) -> Option<&LastViolation> {
+        self.last.get(id)
+    }
+
+    /// The last denials of an agent, newest first.
+    pub fn denials(&self, id: &str) -> Vec<Denial> {
+        self.denials
+            .get(id)
+            .map(|denials| denials.iter().cloned().collect())
+            .unwrap_or_default()
+    }
+
+    /// Opens the log anew, after something rotated it.
+    pub fn reopen(&mut self) {
+        if let Sink::Log(log) = &mut self.sink
+            && let Err(error) = log.reopen()
+        {
+            warn!(message = "The violation log could not be reopened.", %error);
+        }
+    }
+
+    /// What was written to memory.
+    pub fn lines(self) -> Vec<serde_json::Value> {
+        match self.sink {
+            Sink::Memory(lines) => lines,
+            Sink::Log(_) => Vec::new(),
+        }
+    }
+}

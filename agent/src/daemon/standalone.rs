@@ -1,0 +1,306 @@
+//! A fence without a daemon, for one command: `remit run --policy FILE -- CMD`.
+//!
+//! The command gets a cgroup tree of its own: a root, fenced before anything runs in it, and in
+//! it the agent's cgroup. When the command ends, what is left in the tree is killed and seen empty
+//! before the fence is lifted. If this process dies first, the pinned fence stays, and a later
+//! remit command [sweeps](sweep) it once the tree is empty.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use super::{
+    DaemonError, core, force,
+    recorder::{Recorder, Sink},
+    selftest,
+    settings::Settings,
+    time::Offset,
+};
+use crate::{
+    cgroup::{self, CgroupPath, Hierarchy, Populated},
+    kernel::{self, Enforcer},
+    policy::{AgentTables, Compilation},
+};
+
+/// Below the v2 mount; each run has a root of its own in it.
+const PLACE: &str = "/remit.run";
+/// How long killed processes may take to be gone.
+const EMPTY_WITHIN: Duration = Duration::from_secs(30);
+
+/// A fence that is up, with nothing in it yet.
+pub struct Standalone {
+    hierarchy: Hierarchy,
+    root: CgroupPath,
+    agent: CgroupPath,
+    pins: PathBuf,
+    watch: Watch,
+}
+
+/// The thread that takes in records while the command runs.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    done: mpsc::Receiver<(Enforcer, Vec<Value>)>,
+}
+
+impl Standalone {
+    /// Raises a fence for `tables`, and proves it, before anything runs.
+    pub fn raise(
+        settings: &Settings,
+        compilation: &Compilation,
+        tables: &AgentTables,
+    ) -> Result<Self, DaemonError> {
+        let hierarchy = core::hierarchy(settings)?;
+        let name = name(&tables.id).map_err(|source| DaemonError::System {
+            what: "read /proc/self/stat",
+            source,
+        })?;
+        let path = |text: String| {
+            CgroupPath::new(&text).map_err(|why| DaemonError::Root(text.clone(), why))
+        };
+        let root = path(format!("{PLACE}/{name}"))?;
+        let agent = path(format!("{PLACE}/{name}/agent"))?;
+        let pins = settings.paths.bpffs.join("run").join(&name);
+        let raised = Self::raise_at(
+            settings,
+            &hierarchy,
+            compilation,
+            tables,
+            &root,
+            &agent,
+            &pins,
+        );
+        match raised {
+            Ok(watch) => Ok(Self {
+                hierarchy,
+                root,
+                agent,
+                pins,
+                watch,
+            }),
+            Err(error) => {
+                // Nothing ran in it yet, so nothing is unfenced by this.
+                drop(kernel::remove_pins(&pins));
+                drop(hierarchy.remove(&root));
+                Err(error)
+            }
+        }
+    }
+
+    fn raise_at(
+        settings: &Settings,
+        hierarchy: &Hierarchy,
+        compilation: &Compilation,
+        tables: &AgentTables,
+        root: &CgroupPath,
+        agent: &CgroupPath,
+        pins: &Path,
+    ) -> Result<Watch, DaemonError> {
+        let offset = Offset::read();
+        let clock = offset.clock();
+        let all = [
+            Arc::new(compilation.unregistered.clone()),
+            Arc::new(tables.clone()),
+        ];
+        let images: Vec<_> = all
+            .iter()
+            .map(|tables| force::image(tables, &clock))
+            .collect();
+        hierarchy.create(agent)?;
+        let rate = settings.log.per_agent_rate;
+        let mut enforcer = core::open_alone(pins, &images, rate)?;
+        enforcer.apply(images)?;
+        let id = hierarchy.id(agent)?;
+        enforcer.attribute(&[(id, &tables.id)])?;
+        enforcer.fence(&root.to_string(), &hierarchy.directory(root))?;
+        selftest::ask(&mut enforcer, tables, &clock).map_err(DaemonError::SelfTest)?;
+
+        let allowance = core::allowance(settings);
+        let sink = Sink::Memory(Vec::new());
+        let mut recorder = Recorder::new(sink, allowance, hierarchy.clone(), offset);
+        recorder.learn(&enforcer, 1, &all);
+        Ok(Watch::start(enforcer, recorder))
+    }
+
+    /// The hierarchy that [`Self::cgroup`] is in.
+    pub fn hierarchy(&self) -> &Hierarchy {
+        &self.hierarchy
+    }
+
+    /// Where the command is to run.
+    pub fn cgroup(&self) -> &CgroupPath {
+        &self.agent
+    }
+
+    /// Kills what is left, sees the tree empty, lifts the fence and removes the tree. Returns the
+    /// violations, as the log would have them.
+    ///
+    /// # Errors
+    /// When something could not be killed: then the fence stays.
+    pub fn end(self) -> Result<Vec<Value>, DaemonError> {
+        self.hierarchy.kill(&self.root)?;
+        if !self
+            .hierarchy
+            .wait_empty(&self.root, Instant::now() + EMPTY_WITHIN)?
+        {
+            return Err(DaemonError::System {
+                what: "see the command's cgroup empty; its fence stays",
+                source: io::ErrorKind::TimedOut.into(),
+            });
+        }
+        let (enforcer, lines) = self.watch.finish();
+        let lift = |source| DaemonError::System {
+            what: "lift the fence",
+            source,
+        };
+        if let Some(enforcer) = enforcer {
+            enforcer.detach_all().map_err(lift)?;
+        }
+        kernel::remove_pins(&self.pins).map_err(lift)?;
+        self.hierarchy.remove(&self.root)?;
+        // The common parent goes with the last of them.
+        if let Some(place) = self.root.parent() {
+            drop(self.hierarchy.remove(&place));
+        }
+        Ok(lines)
+    }
+}
+
+impl Watch {
+    fn start(mut enforcer: Enforcer, mut recorder: Recorder) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (send, done) = mpsc::channel();
+        let told = Arc::clone(&stop);
+        thread::spawn(move || {
+            let mut settled = Instant::now();
+            while !told.load(Ordering::Acquire) {
+                recorder.drain(&mut enforcer);
+                if settled.elapsed() >= Duration::from_secs(1) {
+                    recorder.settle(&mut enforcer);
+                    settled = Instant::now();
+                }
+                thread::park_timeout(Duration::from_millis(5));
+            }
+            // Nobody is left who could add to the counters: what they say now is final. The ledger
+            // settles what it has seen twice, a second apart.
+            recorder.settle(&mut enforcer);
+            if recorder.owes(&enforcer) {
+                for _ in 0..4 {
+                    thread::sleep(Duration::from_millis(1_100));
+                    recorder.settle(&mut enforcer);
+                    if !recorder.owes(&enforcer) {
+                        break;
+                    }
+                }
+            }
+            // The receiver is only gone when this process is ending anyway.
+            drop(send.send((enforcer, recorder.lines())));
+        });
+        Self { stop, done }
+    }
+
+    fn finish(self) -> (Option<Enforcer>, Vec<Value>) {
+        self.stop.store(true, Ordering::Release);
+        match self.done.recv() {
+            Ok((enforcer, lines)) => (Some(enforcer), lines),
+            Err(mpsc::RecvError) => (None, Vec::new()),
+        }
+    }
+}
+
+/// A name that no other run has: the agent, this process, and when it started, so that a later
+/// process with the same id is not taken for it. Without dots, which bpffs refuses.
+fn name(id: &str) -> io::Result<String> {
+    let pid = std::process::id();
+    let started = started(pid)?;
+    Ok(format!("{}-{pid}-{started}", id.replace('.', "+")))
+}
+
+/// When a process started, in clock ticks since boot (field 22 of proc(5) stat).
+fn started(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat"))
+}
+
+/// Whether the process that made a run of this name is still there.
+fn is_alive(name: &str) -> bool {
+    let mut parts = name.rsplitn(3, '-');
+    let (Some(start), Some(pid)) = (parts.next(), parts.next()) else {
+        return false;
+    };
+    let (Ok(start), Ok(pid)) = (start.parse::<u64>(), pid.parse::<u32>()) else {
+        return false;
+    };
+    started(pid).is_ok_and(|found| found == start)
+}
+
+/// Removes the fences of runs whose remit has died and whose tree is empty. Returns their names.
+/// Those that still hold processes stay.
+pub fn sweep(settings: &Settings) -> Vec<String> {
+    let folder = settings.paths.bpffs.join("run");
+    let Ok(entries) = fs::read_dir(&folder) else {
+        return Vec::new();
+    };
+    let Ok(hierarchy) = core::hierarchy(settings) else {
+        return Vec::new();
+    };
+    let mut swept = Vec::new();
+    for entry in entries.filter_map(Result::ok) {
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        let Ok(root) = CgroupPath::new(format!("{PLACE}/{name}")) else {
+            continue;
+        };
+        if is_alive(&name) || !is_empty(&hierarchy, &root) {
+            continue;
+        }
+        if kernel::remove_pins(&entry.path()).is_ok() {
+            drop(hierarchy.remove(&root));
+            if let Some(place) = root.parent() {
+                drop(hierarchy.remove(&place));
+            }
+            swept.push(name);
+        }
+    }
+    swept
+}
+
+/// Whether nothing runs in a tree. One that cannot be told is not empty.
+fn is_empty(hierarchy: &Hierarchy, root: &CgroupPath) -> bool {
+    match hierarchy.populated(root) {
+        Ok(Populated::No | Populated::Gone) => true,
+        Ok(Populated::Yes) => false,
+        Err(error) => cgroup::Error::is_missing(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_whether_its_maker_lives() {
+        let mine = name("billing.recon").unwrap();
+        assert!(mine.starts_with("billing+recon-"));
+        assert!(is_alive(&mine));
+        let (rest, _) = mine.rsplit_once('-').unwrap();
+        assert!(
+            !is_alive(&format!("{rest}-1")),
+            "another process with the same id"
+        );
+        assert!(!is_alive("nonsense"));
+    }
+}

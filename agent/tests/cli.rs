@@ -1,0 +1,538 @@
+//! The command line from outside: what it prints where, and what it exits with. Those that ask the
+//! stand-in daemon need root, as it lets nobody else ask.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failed expectation is how a test fails"
+)]
+
+mod stand_in;
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use remit::control::protocol::{Answer, Posture, Reload};
+use stand_in::{Answers, ELSEWHERE, Served, served, status};
+use tempfile::TempDir;
+
+/// Runs `remit` with settings that keep it away from this machine's own.
+fn remit(settings: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_remit"))
+        .args(arguments)
+        .env("REMIT_CONFIG", settings)
+        .env_remove("NO_COLOR")
+        .output()
+        .unwrap()
+}
+
+/// Settings whose every path is in `folder`.
+fn settings(folder: &Path) -> std::path::PathBuf {
+    let file = folder.join("remit.toml");
+    let at = |name: &str| folder.join(name).display().to_string();
+    let text = format!(
+        "[paths]\nregistry = {:?}\nsets = [{:?}]\nrun = {:?}\nlog = {:?}\nstate = {:?}\n",
+        at("agents.d"),
+        at("sets.d"),
+        at(""),
+        at("log"),
+        at("state"),
+    );
+    fs::write(&file, text).unwrap();
+    file
+}
+
+fn asked(served: &Served, arguments: &[&str]) -> Output {
+    remit(&settings(served.folder.path()), arguments)
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn help_lists_every_command() {
+    let folder = TempDir::new().unwrap();
+    let help = remit(&settings(folder.path()), &["--help"]);
+    assert_eq!(code(&help), 0);
+    let text = stdout(&help);
+    let listed = text
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next());
+    assert_eq!(listed.collect::<Vec<_>>(), COMMANDS);
+}
+
+const COMMANDS: &[&str] = &[
+    "run",
+    "check",
+    "explain",
+    "status",
+    "agents",
+    "tail",
+    "reload",
+    "completions",
+    "man",
+    "help",
+];
+
+#[test]
+fn every_command_says_what_it_does() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for command in COMMANDS.iter().filter(|command| **command != "help") {
+        let help = remit(&settings, &[command, "--help"]);
+        assert_eq!(code(&help), 0, "{command}");
+        assert!(
+            stdout(&help).contains(&format!("remit {command}")),
+            "{command}"
+        );
+        let page = remit(&settings, &["man", command]);
+        assert_eq!(code(&page), 0, "{command}");
+        assert!(stdout(&page).contains(".SH SYNOPSIS"), "{command}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_2_and_leaves_stdout_empty() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for arguments in [
+        &[][..],
+        &["nonsense"],
+        &["status", "--nonsense"],
+        &["status", "extra"],
+        &["completions"],
+        &["man", "nonsense"],
+        &["tail", "--since", "yesterday"],
+        &["explain", "alpha"],
+        &["run", "--agent", "alpha"],
+        &["run", "--", "true"],
+        &["explain", "alpha", "api.example.com:443"],
+        &["explain", "alpha", "192.0.2.1:443/sctp"],
+    ] {
+        let output = remit(&settings, arguments);
+        assert_eq!(code(&output), 2, "{arguments:?}");
+        assert_eq!(stdout(&output), "", "{arguments:?}");
+        assert_ne!(stderr(&output), "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn without_a_daemon_it_could_not_be_told() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for arguments in [
+        &["status"][..],
+        &["status", "--json"],
+        &["agents"],
+        &["agents", "x"],
+        &["reload"],
+        &["run", "--agent", "x", "--", "true", "--json"],
+    ] {
+        let output = remit(&settings, arguments);
+        assert_eq!(code(&output), 3, "{arguments:?}");
+        assert_eq!(stdout(&output), "", "{arguments:?}");
+        let socket = folder.path().join("remit.sock");
+        assert_eq!(
+            stderr(&output),
+            format!(
+                "error: no daemon at `{}`\nhelp: start it with `remit daemon`, or by its systemd \
+                 unit\n",
+                socket.display()
+            )
+        );
+    }
+}
+
+#[test]
+fn bad_settings_are_told_with_their_place() {
+    let folder = TempDir::new().unwrap();
+    let file = settings(folder.path());
+    fs::write(&file, "[paths]\nregstry = \"/x\"\n").unwrap();
+    let output = remit(&file, &["status"]);
+    assert_eq!(code(&output), 3);
+    let expected = format!("{}:2:1: error: ", file.display());
+    assert!(
+        stderr(&output).starts_with(&expected),
+        "{}",
+        stderr(&output)
+    );
+
+    let missing = remit(&folder.path().join("missing.toml"), &["status"]);
+    assert_eq!(code(&missing), 3);
+    assert!(stderr(&missing).contains("cannot read settings"));
+}
+
+#[test]
+fn an_empty_variable_names_no_settings() {
+    let help = remit(Path::new(""), &["completions", "bash"]);
+    assert_eq!(code(&help), 0, "{}", stderr(&help));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn status_exits_by_posture() {
+    for (posture, expected) in [
+        (Posture::Enforcing, 0),
+        (Posture::Degraded, 1),
+        (Posture::NotEnforcing, 1),
+    ] {
+        let answers = Answers {
+            status: status(posture),
+            ..Answers::default()
+        };
+        let served = served(ELSEWHERE, answers);
+        assert_eq!(code(&asked(&served, &["status"])), expected, "{posture:?}");
+        let json = asked(&served, &["status", "--json"]);
+        assert_eq!(code(&json), expected);
+        let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!(value["posture"], posture.name());
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn status_shows_guards_agents_and_the_last_violation() {
+    let answers = Answers {
+        status: status(Posture::NotEnforcing),
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    let text = stdout(&asked(&served, &["status"]));
+    assert_eq!(
+        text,
+        "\
+NOT ENFORCING since 2026-11-05T00:00:00Z, revision 7, remit 0.1.0
+  because egress is not attached at /agents.slice
+
+GUARD     KIND  ROOT           STATE   EVIDENCE
+connect4  link  /agents.slice  live    link 12, program 44
+egress    link  /agents.slice  ABSENT  link 12, program 44
+
+AGENT          STATE   MODE     REVISION  CGROUPS  PROCESSES  ALLOWED  DENIED  MONITORED  EXPIRES
+billing-recon  active  enforce  6         1        2          120      3       0          \
+2027-12-31T23:59:59Z
+
+billing-recon
+  cgroup /agents.slice/billing-recon.service, processes: 2
+  reasons floor 1, out_of_scope 2
+  last denied billing-recon \\x1b[31mcurl to 192.0.2.7:443/tcp
+
+registry: 3 files, 0 errors, 1 warning
+"
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn agents_are_listed_and_shown() {
+    let served = served(ELSEWHERE, Answers::default());
+    let all = asked(&served, &["agents"]);
+    assert_eq!(code(&all), 0);
+    assert!(
+        stdout(&all).contains("billing-recon  active"),
+        "{}",
+        stdout(&all)
+    );
+    let one = asked(&served, &["agents", "billing-recon"]);
+    assert_eq!(code(&one), 0);
+    let text = stdout(&one);
+    assert!(text.contains("10.20.0.0/16 5432/tcp"), "{text}");
+    assert!(
+        text.contains("/etc/remit/agents.d/billing-recon.toml:17"),
+        "{text}"
+    );
+
+    let ghost = asked(&served, &["agents", "ghost"]);
+    assert_eq!(code(&ghost), 1);
+    assert!(stderr(&ghost).starts_with("error: no agent `ghost`"));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn reload_is_1_when_a_file_was_bad() {
+    let good = Reload {
+        revision: 8,
+        changed: vec!["billing-recon".to_owned()],
+        kept: Vec::new(),
+        findings: Vec::new(),
+        ok: true,
+    };
+    let bad = Reload {
+        kept: vec!["coder".to_owned()],
+        findings: vec!["coder.toml:3:1: error: x\n3 | y".to_owned()],
+        ok: false,
+        ..good.clone()
+    };
+    for (reload, expected, text) in [
+        (
+            good,
+            0,
+            "revision 8 in force, 1 agent changed: billing-recon\n",
+        ),
+        (
+            bad,
+            1,
+            "coder.toml:3:1: error: x\n3 | y\n\nrevision 8 in force, 1 agent changed: \
+             billing-recon\nlast good entry kept: coder\n",
+        ),
+    ] {
+        let answers = Answers {
+            reload: Some(reload),
+            ..Answers::default()
+        };
+        let output = asked(&served(ELSEWHERE, answers), &["reload"]);
+        assert_eq!(code(&output), expected);
+        assert_eq!(stdout(&output), text);
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn nobody_reading_is_no_failure() {
+    let served = served(ELSEWHERE, Answers::default());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_remit"))
+        .args(["agents"])
+        .env("REMIT_CONFIG", settings(served.folder.path()))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((code(&output), stderr(&output)), (0, String::new()));
+}
+
+#[test]
+fn tail_reads_the_log_without_a_daemon() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let none = remit(&settings, &["tail"]);
+    assert_eq!((code(&none), stdout(&none)), (0, String::new()));
+
+    let lines = [
+        r#"{"time":1793836800000,"class_uid":4001,"message":"one","ai_agent":{"uid":"a"}}"#,
+        "torn {",
+        r#"{"time":1793836801000,"class_uid":4001,"message":"two","ai_agent":{"uid":"b"}}"#,
+    ];
+    fs::create_dir(folder.path().join("log")).unwrap();
+    fs::write(
+        folder.path().join("log/violations.jsonl"),
+        lines.map(|line| format!("{line}\n")).concat(),
+    )
+    .unwrap();
+    let raw = remit(&settings, &["tail", "--json"]);
+    assert_eq!(code(&raw), 0);
+    assert_eq!(stdout(&raw), format!("{}\n{}\n", lines[0], lines[2]));
+    assert!(stderr(&raw).starts_with("1 line in `"), "{}", stderr(&raw));
+    let one = remit(&settings, &["tail", "--json", "--agent", "b"]);
+    assert_eq!(stdout(&one), format!("{}\n", lines[2]));
+    let late = remit(
+        &settings,
+        &["tail", "--json", "--since", "2026-11-05T00:00:01Z"],
+    );
+    assert_eq!(stdout(&late), format!("{}\n", lines[2]));
+    let readable = remit(&settings, &["tail"]);
+    assert_eq!(stdout(&readable).lines().count(), 2);
+    assert!(!stdout(&readable).contains('\u{1b}'));
+}
+
+const ENTRY: &str = r#"schema = 1
+[agent]
+id = "alpha"
+owner = "alice@example.com"
+[lifecycle]
+state = "active"
+approved_by = "dave@example.com"
+expires = 2999-01-01T00:00:00Z
+[selector]
+cgroup = ["/agents.slice/alpha"]
+[[scope.allow]]
+to = "198.51.100.0/24"
+ports = [443]
+[[scope.deny]]
+to = "198.51.100.64/26"
+"#;
+
+/// A folder with settings and the agent `alpha`.
+fn registry(folder: &Path) -> std::path::PathBuf {
+    let file = settings(folder);
+    fs::create_dir(folder.join("agents.d")).unwrap();
+    fs::write(folder.join("agents.d/alpha.toml"), ENTRY).unwrap();
+    file
+}
+
+#[test]
+fn check_is_0_for_a_good_registry_and_1_for_a_bad_one() {
+    let folder = TempDir::new().unwrap();
+    let settings = registry(folder.path());
+    let good = remit(&settings, &["check"]);
+    assert_eq!(
+        (code(&good), stdout(&good)),
+        (0, String::new()),
+        "{}",
+        stderr(&good)
+    );
+    assert_eq!(
+        stderr(&good),
+        "1 file, 1 agent compiled: 0 errors, 0 warnings\n"
+    );
+
+    let bad = folder.path().join("agents.d/beta.toml");
+    fs::write(&bad, ENTRY.replace("alpha", "beta") + "typo = 1\n").unwrap();
+    fs::create_dir(folder.path().join("agents.d/gamma.toml")).unwrap();
+    let output = remit(&settings, &["check"]);
+    assert_eq!(code(&output), 1);
+    let text = stdout(&output);
+    assert!(
+        text.contains(&format!("{}:16:1: error: ", bad.display())),
+        "{text}"
+    );
+    assert!(
+        text.contains("gamma.toml: error: cannot read: not a regular file"),
+        "{text}"
+    );
+    let json = remit(&settings, &["check", "--json"]);
+    assert_eq!(code(&json), 1);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(value["ok"], false);
+    assert_eq!(value["errors"], 2);
+    assert_eq!(value["findings"][0]["line"], 16);
+
+    let one = folder.path().join("agents.d/alpha.toml");
+    let one = remit(&settings, &["check", one.to_str().unwrap()]);
+    assert_eq!(code(&one), 0, "{}", stdout(&one));
+    let missing = remit(&settings, &["check", "/nonexistent.toml"]);
+    assert_eq!(code(&missing), 1);
+}
+
+#[test]
+fn check_takes_bad_settings_for_an_answer() {
+    let folder = TempDir::new().unwrap();
+    let file = settings(folder.path());
+    fs::write(&file, "[paths]\nregstry = \"/x\"\n").unwrap();
+    let output = remit(&file, &["check"]);
+    assert_eq!(code(&output), 1);
+    assert!(
+        stdout(&output).contains("remit.toml:2:1: error: "),
+        "{}",
+        stdout(&output)
+    );
+}
+
+#[test]
+fn explain_answers_from_the_registry_alone() {
+    let folder = TempDir::new().unwrap();
+    let settings = registry(folder.path());
+    for (destination, expected, reason) in [
+        ("198.51.100.7:443", 0, None),
+        ("[::ffff:198.51.100.7]:443", 0, None),
+        ("198.51.100.7:443/udp", 1, Some("out_of_scope")),
+        ("198.51.100.7:80", 1, Some("out_of_scope")),
+        ("198.51.100.70:443", 1, Some("denied")),
+        ("169.254.169.254:443", 1, Some("floor")),
+        ("198.51.100.7/icmp", 1, Some("out_of_scope")),
+        ("198.51.100.7", 0, None),
+    ] {
+        let output = remit(&settings, &["explain", "alpha", destination]);
+        assert_eq!(
+            code(&output),
+            expected,
+            "{destination}: {}",
+            stdout(&output)
+        );
+        assert!(stderr(&output).contains("answered from the registry alone"));
+        let json = remit(&settings, &["explain", "--json", "alpha", destination]);
+        assert_eq!(code(&json), expected);
+        let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!(
+            value["answers"][0]["registry"]["reason"].as_str(),
+            reason,
+            "{destination}"
+        );
+        assert!(value["agree"].is_null());
+    }
+    let text = stdout(&remit(
+        &settings,
+        &["explain", "alpha", "198.51.100.70:443"],
+    ));
+    assert!(
+        text.starts_with("denied alpha to 198.51.100.70:443/tcp: denied\n"),
+        "{text}"
+    );
+    assert!(text.contains("agents.d/alpha.toml:15)"), "{text}");
+
+    let ghost = remit(&settings, &["explain", "ghost", "198.51.100.7:443"]);
+    assert_eq!(code(&ghost), 1, "{}", stderr(&ghost));
+    fs::write(
+        folder.path().join("agents.d/alpha.toml"),
+        format!("{ENTRY}x = 1"),
+    )
+    .unwrap();
+    let broken = remit(&settings, &["explain", "alpha", "198.51.100.7:443"]);
+    assert_eq!(code(&broken), 3, "{}", stderr(&broken));
+    assert!(
+        stderr(&broken).contains("alpha.toml:16:1: error"),
+        "{}",
+        stderr(&broken)
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn explain_is_loud_when_the_kernel_says_otherwise() {
+    let answers = Answers {
+        explain: |question| match question.port {
+            443 => Answer::Allowed,
+            _ => Answer::Denied,
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    registry(served.folder.path());
+    let same = asked(&served, &["explain", "alpha", "198.51.100.7:443"]);
+    assert_eq!(code(&same), 0, "{}", stderr(&same));
+    assert!(
+        stdout(&same).contains("kernel    allowed"),
+        "{}",
+        stdout(&same)
+    );
+    assert!(!stderr(&same).contains("DISAGREE"));
+
+    // The registry denies what this kernel allows.
+    let differs = asked(&served, &["explain", "alpha", "203.0.113.1:443"]);
+    assert_eq!(code(&differs), 1);
+    assert!(
+        stderr(&differs).contains("DISAGREE"),
+        "{}",
+        stderr(&differs)
+    );
+
+    // Only the daemon knows this one.
+    let kept = asked(&served, &["explain", "other", "203.0.113.1:443"]);
+    assert_eq!(code(&kept), 0);
+    assert!(stderr(&kept).contains("stands alone"), "{}", stderr(&kept));
+}
+
+#[test]
+fn run_says_as_a_shell_would_that_there_is_no_such_command() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    for (command, expected) in [("/nonexistent/command", 127), ("/etc/passwd", 126)] {
+        let output = remit(&settings, &["run", "--agent", "alpha", "--", command]);
+        assert_eq!(code(&output), expected, "{}", stderr(&output));
+    }
+}

@@ -1,0 +1,248 @@
+//! A served control socket with a stand-in for the daemon behind it.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test binary uses what it needs, and a failed expectation is how a test fails"
+)]
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use remit::control::{
+    Call, Reply, Request,
+    protocol::{
+        Agent, AgentStatus, Agents, Answer, Cgroup, Entry, Explain, Guard, GuardState,
+        LastViolation, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, Source,
+        Status,
+    },
+    server::{Listener, serve},
+};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+/// A root that no test runs in.
+pub const ELSEWHERE: &[&str] = &["/remit-test-elsewhere.slice"];
+
+/// What the stand-in answers.
+#[derive(Clone)]
+pub struct Answers {
+    /// To a status request.
+    pub status: Status,
+    /// To a reload; none drops the request.
+    pub reload: Option<Reload>,
+    /// To a question.
+    pub explain: fn(&Question) -> Answer,
+}
+
+impl Default for Answers {
+    fn default() -> Self {
+        Self {
+            status: status(Posture::Enforcing),
+            reload: None,
+            explain: |_| Answer::Denied,
+        }
+    }
+}
+
+/// A served socket; gone when dropped.
+pub struct Served {
+    pub socket: PathBuf,
+    pub folder: TempDir,
+    _runtime: tokio::runtime::Runtime,
+}
+
+/// Serves these answers to all but callers below `roots`.
+pub fn served(roots: &[&str], answers: Answers) -> Served {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("remit.sock");
+    let runtime = serve_at(&socket, "no-such-group", roots, answers);
+    Served {
+        socket,
+        folder,
+        _runtime: runtime,
+    }
+}
+
+/// Serves at a place of the caller's; ends when the runtime is dropped.
+pub fn serve_at(
+    socket: &Path,
+    group: &str,
+    roots: &[&str],
+    answers: Answers,
+) -> tokio::runtime::Runtime {
+    let listener = Listener::bind(socket, group).unwrap();
+    let roots = roots.iter().map(|root| (*root).to_owned()).collect();
+    let (calls, requests) = mpsc::channel(8);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.spawn(serve(listener, roots, calls));
+    runtime.spawn(stand_in(requests, answers));
+    runtime
+}
+
+async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
+    while let Some(Call { caller, request }) = requests.recv().await {
+        match request {
+            Request::Status(reply) => answer(reply, Ok(answers.status.clone())),
+            Request::Agents(reply) => answer(
+                reply,
+                Ok(Agents {
+                    revision: 7,
+                    agents: vec![agent()],
+                }),
+            ),
+            Request::Agent(id, reply) if id == "billing-recon" => answer(reply, Ok(agent())),
+            Request::Agent(id, reply) => answer(reply, Err(Refusal::no_such_agent(&id))),
+            Request::Explain(question, reply) => {
+                let verdict = (answers.explain)(&question);
+                let explain = Explain {
+                    question,
+                    verdict,
+                    reason: (verdict != Answer::Allowed).then(|| "out_of_scope".to_owned()),
+                    entry: None,
+                    until_ms: None,
+                    source: Source::Kernel,
+                    hash: "sha256:00".to_owned(),
+                    revision: 7,
+                    note: None,
+                };
+                answer(reply, Ok(explain));
+            }
+            Request::Reload(reply) => {
+                // Without an answer the request is dropped.
+                if let Some(reload) = answers.reload.clone() {
+                    answer(reply, Ok(reload));
+                }
+            }
+            Request::Run(request, reply) => {
+                let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
+                answer(reply, Ok(RunGrant { cgroup, id: 5 }));
+            }
+            Request::Myself(reply) => answer(reply, Ok(myself(caller.cgroup))),
+        }
+    }
+}
+
+/// A caller that went away is no failure of the stand-in.
+fn answer<T>(reply: Reply<T>, answer: Result<T, Refusal>) {
+    let _gone = reply.send(answer).is_err();
+}
+
+pub fn status(posture: Posture) -> Status {
+    let missing = posture != Posture::Enforcing;
+    Status {
+        version: "0.1.0".to_owned(),
+        posture,
+        reasons: if missing {
+            vec!["egress is not attached at /agents.slice".to_owned()]
+        } else {
+            Vec::new()
+        },
+        since_ms: 1_793_836_800_000,
+        revision: 7,
+        guards: vec![
+            guard("connect4", GuardState::Live),
+            guard(
+                "egress",
+                if missing {
+                    GuardState::Absent
+                } else {
+                    GuardState::Live
+                },
+            ),
+        ],
+        agents: vec![AgentStatus {
+            id: "billing-recon".to_owned(),
+            name: "Billing reconciliation".to_owned(),
+            state: "active".to_owned(),
+            mode: "enforce".to_owned(),
+            revision: 6,
+            hash: "sha256:00".to_owned(),
+            expires_ms: Some(1_830_297_599_000),
+            cgroups: vec![Cgroup {
+                path: "/agents.slice/billing-recon.service".to_owned(),
+                id: 99,
+                processes: 2,
+            }],
+            processes: 2,
+            allowed: 120,
+            denied: 3,
+            monitored: 0,
+            by_reason: BTreeMap::from([("floor".to_owned(), 1), ("out_of_scope".to_owned(), 2)]),
+            last_violation: Some(LastViolation {
+                time_ms: 1_793_836_900_000,
+                text: "denied billing-recon \u{1b}[31mcurl to 192.0.2.7:443/tcp".to_owned(),
+            }),
+            finding: None,
+        }],
+        findings: Vec::new(),
+        registry: Registry {
+            files: 3,
+            errors: 0,
+            warnings: 1,
+        },
+    }
+}
+
+fn guard(name: &str, state: GuardState) -> Guard {
+    Guard {
+        name: name.to_owned(),
+        kind: "link".to_owned(),
+        root: Some("/agents.slice".to_owned()),
+        state,
+        evidence: "link 12, program 44".to_owned(),
+        checked_ms: 1_793_836_900_000,
+        link_id: Some(12),
+        prog_id: Some(44),
+        run_cnt: None,
+    }
+}
+
+fn agent() -> Agent {
+    Agent {
+        id: "billing-recon".to_owned(),
+        name: "Billing reconciliation".to_owned(),
+        owner: "alice@example.com".to_owned(),
+        approval_ref: Some("CHG-20931".to_owned()),
+        file: PathBuf::from("/etc/remit/agents.d/billing-recon.toml"),
+        hash: "sha256:00".to_owned(),
+        state: "active".to_owned(),
+        mode: "enforce".to_owned(),
+        loopback: "own".to_owned(),
+        not_before_ms: None,
+        expires_ms: Some(1_830_297_599_000),
+        selectors: vec!["/agents.slice/billing-recon.service".to_owned()],
+        entries: vec![Entry {
+            name: "scope.allow[0]".to_owned(),
+            text: "10.20.0.0/16 5432/tcp".to_owned(),
+            file: "/etc/remit/agents.d/billing-recon.toml".to_owned(),
+            line: 17,
+            reason: Some("ledger".to_owned()),
+        }],
+        finding: None,
+    }
+}
+
+fn myself(cgroup: Option<String>) -> Myself {
+    Myself {
+        agent: None,
+        name: None,
+        owner: None,
+        approval_ref: None,
+        state: "unregistered".to_owned(),
+        mode: "enforce".to_owned(),
+        expires_ms: None,
+        cgroup,
+        revision: 7,
+        hash: None,
+        scope: Vec::new(),
+        denials: Vec::new(),
+        advice: "ask".to_owned(),
+    }
+}

@@ -1,0 +1,23 @@
+//! The daemon and the commands, black box.
+
+use crate::harness::Case;
+
+mod bad_registry;
+mod commands;
+mod flood;
+mod life;
+mod run;
+
+/// All cases here.
+pub fn cases() -> Vec<Case> {
+    [
+        life::cases(),
+        commands::cases(),
+        bad_registry::cases(),
+        flood::cases(),
+        run::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

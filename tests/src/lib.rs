@@ -1,1 +1,0 @@
-//! Host, VM and end-to-end tests of Remit.
