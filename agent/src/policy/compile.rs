@@ -1,35 +1,22 @@
 //! The pipeline: sources → documents → model → tables. Every file is taken as far as it goes, so
 //! that one run shows all there is to mend.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
-
-use agent_ebpf::abi::{Loopback, Mode, RULES_PER_SET, SETS_PER_ADDRESS, State};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
+    assemble::{self, RULES, Surroundings, hashes, state, unregistered, used_sets},
+    dead::{dead_grants, overfull},
     document::{self, AgentDocument, FloorDocument, SetDocument},
     expand::{Flat, Shelf, Shelves},
-    finding::{Finding, Severity, quoted},
-    hash::Canonical,
+    finding::Finding,
     link::{self, Neighbour},
     lower::{Lowered, lower},
     model::{Agent, Grant, Scope, Set},
     name::Id,
-    reader::Notes,
     source::{Source, SourceFile, SourceKind, Span},
-    tables::{self, AgentTables, UnixMillis},
+    tables::{AgentTables, UnixMillis},
     validate::{self, CheckedAgent},
 };
-
-/// Rules that one address may have.
-const RULES: usize = RULES_PER_SET * SETS_PER_ADDRESS;
-/// Entries that a message names at most.
-const NAMED: usize = 8;
-
-/// The id of the pseudo-agent of processes that no agent claims.
-pub const UNREGISTERED_ID: &str = "(unregistered)";
 
 /// What came of a registry.
 #[derive(Clone, Debug)]
@@ -65,12 +52,6 @@ struct Desk<'a> {
     checked: CheckedAgent,
     id_span: Option<Span>,
     findings: Vec<Finding>,
-}
-
-/// What every agent is compiled with.
-struct Surroundings<'a> {
-    shelves: Shelves<'a>,
-    floors: Vec<(&'a SourceFile<'a>, &'a [Grant])>,
 }
 
 // === impl Compilation ===
@@ -156,7 +137,7 @@ pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
             let tables = AgentTables {
                 state,
                 hash,
-                ..tables(&agent, scope, desk.file, flat, reach, serve)
+                ..assemble::tables(&agent, scope, desk.file, flat, reach, serve)
             };
             done.push((agent, tables, approval));
         }
@@ -322,12 +303,6 @@ fn check_neighbours(desks: &mut [Desk<'_>]) {
     }
 }
 
-fn used_sets(scope: &Scope, shelves: &Shelves<'_>) -> BTreeSet<Id> {
-    let mut used = link::included(&scope.allow, shelves);
-    used.extend(link::included(&scope.deny, shelves));
-    used
-}
-
 /// Lowers an agent's scope, also of a file with errors: what can be said about it is said.
 fn lower_agent(desk: &mut Desk<'_>, around: &Surroundings<'_>) -> (Flat, Lowered, Lowered) {
     let scope = &desk.checked.scope;
@@ -346,214 +321,186 @@ fn lower_agent(desk: &mut Desk<'_>, around: &Surroundings<'_>) -> (Flat, Lowered
     (flat, reach, serve)
 }
 
-/// Grants of which nothing takes effect.
-fn dead_grants(
-    file: &SourceFile<'_>,
-    prefix: &str,
-    scope: &Scope,
-    flat: &Flat,
-    lowered: &Lowered,
-) -> Vec<Finding> {
-    let mut notes = Notes::new(file);
-    for opened in flat.opened.iter().filter(|opened| opened.whole) {
-        let Some(grant) = scope.allow.get(opened.position) else {
-            continue;
-        };
-        let range = opened.first as usize..opened.end as usize;
-        let live = lowered.live.get(range.clone()).unwrap_or_default();
-        if live.contains(&true) {
-            continue;
+#[cfg(test)]
+mod tests {
+    use agent_ebpf::abi::State;
+
+    use super::*;
+
+    const NOW: UnixMillis = 1_790_812_800_000;
+
+    fn source(path: &str, kind: SourceKind, text: impl Into<String>) -> Source {
+        Source {
+            path: path.into(),
+            text: text.into(),
+            kind,
         }
-        let name = format!("`{prefix}allow[{}]`", grant.index);
-        let blockers = lowered.blocked_by.get(range).unwrap_or_default();
-        let blocker = blockers
+    }
+
+    fn agent(id: &str, lifecycle: &str, scope: &str) -> Source {
+        let text = format!(
+            "schema = 1\n[agent]\nid = \"{id}\"\nowner = \"o\"\n[lifecycle]\nstate = \"active\"\n\
+             approved_by = \"p\"\nexpires = 2027-12-31T00:00:00Z\n{lifecycle}\n[selector]\n\
+             cgroup = [\"/r/{id}\"]\n{scope}"
+        );
+        source(&format!("{id}.toml"), SourceKind::Agent, text)
+    }
+
+    fn set(folder: &str, name: &str, to: &str) -> Source {
+        let text = format!(
+            "schema = 1\n[set]\nname = \"{name}\"\n[[allow]]\nto = \"{to}\"\nports = [443]\n"
+        );
+        source(&format!("{folder}/{name}.toml"), SourceKind::Set, text)
+    }
+
+    const USE: &str = "[[scope.allow]]\nto = \"@s\"\nports = [443]\n";
+
+    fn ids(compilation: &Compilation) -> Vec<&str> {
+        compilation
+            .agents
             .iter()
-            .flatten()
-            .next()
-            .and_then(|at| flat.entries.get(*at as usize));
-        let Some(blocker) = blocker else {
-            let message = format!("{name} can never take effect: it shares no port with the set");
-            notes.error(
-                &grant.span,
-                message,
-                "a set grants its own ports at most: see its file",
-            );
-            continue;
-        };
-        let message = format!(
-            "{name} can never take effect: it lies inside `{}` ({})",
-            blocker.name, blocker.text
+            .map(|agent| agent.id.as_str())
+            .collect()
+    }
+
+    #[test]
+    fn a_bad_set_takes_away_only_those_that_use_it() {
+        let sources = [
+            agent("uses", "", USE),
+            agent("not", "", ""),
+            set("sets", "s", "10.0.0.1/8"),
+        ];
+        let compilation = compile(&sources, NOW);
+        assert_eq!(ids(&compilation), ["not"]);
+        assert_eq!(compilation.findings.len(), 1);
+        assert_eq!(compilation.findings[0].agents, ["uses"]);
+    }
+
+    #[test]
+    fn a_set_is_bad_if_one_that_it_includes_is() {
+        let sources = [
+            agent("uses", "", USE),
+            set("sets", "s", "@inner"),
+            set("sets", "inner", "x"),
+        ];
+        assert!(ids(&compile(&sources, NOW)).is_empty());
+    }
+
+    #[test]
+    fn the_first_set_of_a_name_counts_even_if_it_is_bad() {
+        let good = [
+            agent("a", "", USE),
+            set("etc", "s", "10.0.0.1"),
+            set("usr", "s", "10.0.0.1/8"),
+        ];
+        let compilation = compile(&good, NOW);
+        assert_eq!(ids(&compilation), ["a"]);
+        assert_eq!(
+            compilation.agents[0].entries[0].text,
+            "10.0.0.1 443/tcp via scope.allow[0]"
         );
-        let place = if blocker.file.is_empty() {
-            String::new()
-        } else {
-            format!(" ({}:{})", blocker.file, blocker.line)
-        };
-        let help = if blocker.name.starts_with("floor.") {
-            "the floor gives way to a grant of an exact address only: name the address, or remove \
-             the entry"
-                .to_owned()
-        } else {
-            format!(
-                "denials beat grants: remove the entry, or narrow `{}`{place}",
-                blocker.name
-            )
-        };
-        notes.error(&grant.span, message, help);
+        let [agent, first, second] = good;
+        assert!(ids(&compile(&[agent, second, first], NOW)).is_empty());
     }
-    notes.findings
-}
 
-/// The first prefix with more rules than the kernel's tables take.
-fn overfull(file: &SourceFile<'_>, flat: &Flat, lowered: &Lowered) -> Option<Finding> {
-    let (prefix, count, entries) = lowered.overfull.first()?;
-    let names = entries
-        .iter()
-        .filter_map(|at| flat.entries.get(*at as usize));
-    let names: Vec<String> = names.map(|entry| format!("`{}`", entry.name)).collect();
-    let more = names.len().saturating_sub(NAMED);
-    let shown = names
-        .iter()
-        .take(NAMED)
-        .cloned()
-        .collect::<Vec<_>>()
-        .join(", ");
-    let tail = if more == 0 {
-        String::new()
-    } else {
-        format!(" and {more} more")
-    };
-    let spans = entries
-        .iter()
-        .filter_map(|at| flat.spans.get(*at as usize).cloned().flatten());
-    let span = spans.min_by_key(|span| span.start).unwrap_or(0..0);
-    let message = format!(
-        "{} needs {count} port rules, more than {RULES}, from {shown}{tail}",
-        quoted(&show(prefix))
-    );
-    let help = "join neighbouring ports into ranges, or grant \"any/tcp\" there";
-    Some(Finding::new(Severity::Error, file, &span, message).help(help))
-}
+    #[test]
+    fn a_bad_floor_leaves_the_agents_and_what_of_it_is_readable() {
+        let floor = "schema = 1\n[[deny]]\nto = \"nonsense\"\n[[deny]]\nto = \"10.9.9.9\"\n";
+        let sources = [
+            agent("a", "", ""),
+            source("floor.toml", SourceKind::Floor, floor),
+        ];
+        let compilation = compile(&sources, NOW);
+        assert!(compilation.has_errors());
+        let names = |tables: &AgentTables| {
+            tables
+                .entries
+                .iter()
+                .map(|entry| entry.name.clone())
+                .collect::<Vec<_>>()
+        };
+        assert!(names(&compilation.agents[0]).contains(&"floor.deny[1]".into()));
+        assert!(names(&compilation.unregistered).contains(&"floor.builtin[0]".into()));
+    }
 
-/// A prefix as people write it.
-fn show(prefix: &tables::Prefix) -> String {
-    let mapped = prefix.addr.is_v4() && prefix.len >= 96;
-    let len = if mapped { prefix.len - 96 } else { prefix.len };
-    format!("{}/{len}", std::net::IpAddr::from(prefix.addr))
-}
-
-/// The hash that an approval covers, and the hash of all that is in force.
-fn hashes(agent: &Agent, scope: &Scope, around: &Surroundings<'_>) -> (String, String) {
-    let mut canonical = Canonical::default();
-    canonical.agent(agent, scope);
-    for name in used_sets(scope, &around.shelves) {
-        canonical.set(
-            &name,
-            around.shelves.get(&name).map_or(&[], |shelf| shelf.allow),
+    #[test]
+    fn an_approved_entry_is_active_until_it_or_a_set_changes() {
+        let plain = [agent("a", "", USE), set("sets", "s", "10.0.0.0/8")];
+        let approval = compile(&plain, NOW).approvals[0].clone();
+        let approved = format!("approved_hash = \"{approval}\"");
+        let state = |sources: &[Source]| compile(sources, NOW).agents[0].state;
+        let entry = agent("a", &approved, USE);
+        assert_eq!(
+            state(&[entry.clone(), set("sets", "s", "10.0.0.0/8")]),
+            State::Active
         );
-    }
-    let approval = canonical.hash();
-    for (_, grants) in &around.floors {
-        canonical.floor(grants);
-    }
-    (approval, canonical.hash())
-}
-
-/// The state in force: what was not approved as it stands is a draft.
-fn state(
-    agent: &Agent,
-    approval: &str,
-    file: &SourceFile<'_>,
-    findings: &mut Vec<Finding>,
-) -> State {
-    let state = agent.lifecycle.state;
-    match &agent.lifecycle.approved_hash {
-        Some((approved, span)) if state == State::Active && approved != approval => {
-            let message = "the entry is not what was approved: it counts as a draft";
-            let help = format!("approve it again; the hash is now {approval}");
-            findings.push(Finding::warning(file, span, message).help(help));
+        assert_eq!(
+            state(&[entry.clone(), set("sets", "s", "0.0.0.0/0")]),
             State::Draft
-        }
-        _ => state,
+        );
+        let wider = format!("{USE}[[scope.allow]]\nto = \"192.0.2.1\"\nports = [1]\n");
+        let changed = agent("a", &approved, &wider);
+        assert_eq!(
+            state(&[changed, set("sets", "s", "10.0.0.0/8")]),
+            State::Draft
+        );
+        let floor = source(
+            "floor.toml",
+            SourceKind::Floor,
+            "schema = 1\n[[deny]]\nto = \"10.9.9.9\"\n",
+        );
+        assert_eq!(
+            state(&[entry, set("sets", "s", "10.0.0.0/8"), floor]),
+            State::Active
+        );
     }
-}
 
-fn tables(
-    agent: &Agent,
-    scope: &Scope,
-    file: &SourceFile<'_>,
-    flat: Flat,
-    reach: Lowered,
-    serve: Lowered,
-) -> AgentTables {
-    AgentTables {
-        id: agent.id.to_string(),
-        name: agent.name.clone(),
-        owner: agent.owner.clone(),
-        approval_ref: agent.lifecycle.approval_ref.clone(),
-        file: file.source.path.clone(),
-        hash: String::new(),
-        state: agent.lifecycle.state,
-        mode: scope.mode,
-        loopback: scope.loopback,
-        sockets: flat.sockets,
-        not_before: agent.lifecycle.not_before,
-        expires: agent.lifecycle.expires,
-        selectors: agent
-            .selectors
-            .iter()
-            .map(|selector| selector.as_str().into())
-            .collect(),
-        scope: tables::Scope {
-            reach: reach.placed,
-            serve: serve.placed,
-        },
-        entries: flat.entries,
+    #[test]
+    fn the_hash_is_of_what_is_said_and_not_of_how() {
+        let hash = |sources: &[Source]| compile(sources, NOW).agents[0].hash.clone();
+        let plain = agent("a", "", USE);
+        let set_file = set("sets", "s", "10.0.0.0/8");
+        let mut commented = plain.clone();
+        commented.text = format!(
+            "# a comment\n\n{}",
+            commented.text.replace("[443]", "[ \"443/tcp\" ]")
+        );
+        let before = hash(&[plain.clone(), set_file.clone()]);
+        assert_eq!(before, hash(&[commented, set_file.clone()]));
+        assert_ne!(
+            before,
+            hash(&[plain.clone(), set("sets", "s", "10.0.0.0/9")])
+        );
+        let floor = source(
+            "floor.toml",
+            SourceKind::Floor,
+            "schema = 1\n[[deny]]\nto = \"10.9.9.9\"\n",
+        );
+        assert_ne!(before, hash(&[plain, set_file, floor]));
     }
-}
 
-fn unregistered(around: &Surroundings<'_>) -> AgentTables {
-    let source = Source {
-        path: PathBuf::new(),
-        text: String::new(),
-        kind: SourceKind::Agent,
-    };
-    let file = SourceFile::new(&source);
-    let nothing = Scope {
-        loopback: Loopback::None,
-        ..Scope::default()
-    };
-    let mut canonical = Canonical::default();
-    for (_, grants) in &around.floors {
-        canonical.floor(grants);
+    #[test]
+    fn a_claim_conflict_spares_an_agent_if_the_other_file_is_bad_anyway() {
+        let mut bad = agent("b", "", "");
+        bad.text = bad
+            .text
+            .replace("/r/b", "/r/a/below")
+            .replace("owner", "ovner");
+        let compilation = compile(&[agent("a", "", ""), bad], NOW);
+        assert_eq!(ids(&compilation), ["a"]);
+        let claims = |each: &&Finding| each.message.contains("claims");
+        assert_eq!(compilation.findings.iter().filter(claims).count(), 1);
     }
-    let flat = {
-        let floors: Vec<_> = around
-            .floors
-            .iter()
-            .map(|(file, grants)| (&**file, *grants))
-            .collect();
-        Flat::new(&file, "scope.", &nothing, &around.shelves, &floors)
-    };
-    let reach = lower(&flat.reach, &flat.expires, RULES).placed;
-    AgentTables {
-        id: UNREGISTERED_ID.into(),
-        name: "Processes that no agent claims".into(),
-        owner: String::new(),
-        approval_ref: None,
-        file: PathBuf::new(),
-        hash: canonical.hash(),
-        state: State::Unregistered,
-        mode: Mode::Enforce,
-        loopback: Loopback::None,
-        sockets: 0,
-        not_before: None,
-        expires: None,
-        selectors: Vec::new(),
-        scope: tables::Scope {
-            reach,
-            serve: Vec::new(),
-        },
-        entries: flat.entries,
+
+    #[test]
+    fn what_an_entry_includes_sets_the_sockets_it_has_a_use_for() {
+        use agent_ebpf::abi::{SOCKETS_ANY, SOCKETS_ICMP};
+        let sockets = |ports: &str| {
+            let scope = format!("[[scope.allow]]\nto = \"10.0.0.1\"\nports = [{ports}]\n");
+            compile(&[agent("a", "", &scope)], NOW).agents[0].sockets
+        };
+        assert_eq!(sockets("443"), 0);
+        assert_eq!(sockets("443, \"icmp\""), SOCKETS_ICMP);
+        assert_eq!(sockets("\"any\""), SOCKETS_ICMP | SOCKETS_ANY);
     }
 }

@@ -115,7 +115,9 @@ pub fn parse<'a, T>(
     fields.finish(&mut notes);
     for error in errors {
         let span = error.span().unwrap_or(0..0);
-        let finding = Finding::error(file, &span, error.message().to_owned());
+        let finding = Finding::error(file, &span, error.message().to_owned()).help(
+            "the file is not TOML here; what else is wrong near it shows once this is mended",
+        );
         notes.findings.push(Finding {
             syntax: true,
             ..finding

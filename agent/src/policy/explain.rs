@@ -262,3 +262,118 @@ fn place(entry: &Entry) -> String {
         format!("{} ({}:{})", entry.name, entry.file, entry.line)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            compile::{Compilation, compile},
+            source::{Source, SourceKind},
+        },
+        *,
+    };
+
+    const CLOCK: Clock = Clock {
+        boot_now_ns: 1 << 40,
+        wall_now_ms: 1_790_812_800_000,
+    };
+
+    fn compiled(state: &str, scope: &str) -> Compilation {
+        let text = format!(
+            "schema = 1\n[agent]\nid = \"a\"\nowner = \"o\"\n[lifecycle]\nstate = \"{state}\"\n\
+             approved_by = \"p\"\nexpires = 2027-12-31T00:00:00Z\n[selector]\ncgroup = [\"/r/a\"]\n\
+             [scope]\n{scope}"
+        );
+        let source = Source {
+            path: "a.toml".into(),
+            text,
+            kind: SourceKind::Agent,
+        };
+        compile(&[source], CLOCK.wall_now_ms)
+    }
+
+    fn answer(state: &str, scope: &str, to: &str) -> Explanation {
+        let compilation = compiled(state, scope);
+        let agent = compilation.agent("a").unwrap();
+        explain(agent, &Question::to(to.parse().unwrap(), 443, 6), &CLOCK)
+    }
+
+    const GRANT: &str = "[[scope.allow]]\nto = \"10.0.0.0/8\"\nports = [443]\n";
+
+    #[test]
+    fn a_grant_is_named_with_its_place() {
+        let answer = answer("active", GRANT, "10.1.2.3");
+        assert_eq!(answer.outcome, Outcome::Allowed);
+        assert_eq!(answer.because, "scope.allow[0] grants 10.0.0.0/8 443/tcp");
+        assert_eq!(
+            answer.would_change,
+            "removing scope.allow[0] (a.toml:13) would deny it"
+        );
+    }
+
+    #[test]
+    fn what_is_out_of_scope_comes_with_the_grant_it_needs() {
+        let answer = answer("active", GRANT, "::ffff:192.0.2.1");
+        assert_eq!(
+            (answer.outcome, answer.reason),
+            (Outcome::Denied, Some("out_of_scope"))
+        );
+        let grant = "[[scope.allow]] to = \"192.0.2.1\" ports = [443]";
+        assert!(
+            answer.would_change.ends_with(grant),
+            "{}",
+            answer.would_change
+        );
+    }
+
+    #[test]
+    fn monitor_mode_lets_through_and_says_so() {
+        let scope = format!("mode = \"monitor\"\n{GRANT}");
+        let answer = answer("active", &scope, "192.0.2.1");
+        assert_eq!(
+            (answer.outcome, answer.reason),
+            (Outcome::Monitored, Some("out_of_scope"))
+        );
+    }
+
+    #[test]
+    fn lifecycle_comes_before_the_scope() {
+        for (state, reason) in [
+            ("draft", "draft"),
+            ("suspended", "suspended"),
+            ("revoked", "revoked"),
+        ] {
+            let answer = answer(state, GRANT, "10.1.2.3");
+            assert_eq!(
+                (answer.outcome, answer.reason),
+                (Outcome::Denied, Some(reason))
+            );
+            assert_eq!(answer.entry, None);
+        }
+    }
+
+    #[test]
+    fn the_pseudo_agent_reaches_nothing_and_knows_the_floor() {
+        let unregistered = compiled("active", GRANT).unregistered;
+        let reason = |to: &str| {
+            explain(
+                &unregistered,
+                &Question::to(to.parse().unwrap(), 443, 6),
+                &CLOCK,
+            )
+            .reason
+        };
+        assert_eq!(reason("10.1.2.3"), Some("unregistered"));
+        assert_eq!(reason("127.0.0.1"), Some("unregistered"));
+        assert_eq!(reason("169.254.169.254"), Some("floor"));
+        let monitored = AgentTables {
+            mode: agent_ebpf::abi::Mode::Monitor,
+            ..unregistered
+        };
+        let question = Question::to("10.1.2.3".parse().unwrap(), 443, 6);
+        assert_eq!(
+            explain(&monitored, &question, &CLOCK).outcome,
+            Outcome::Monitored
+        );
+    }
+}

@@ -143,6 +143,9 @@ impl fmt::Display for Finding {
 
 /// `text` between backticks: shortened, and with nothing that a terminal obeys.
 pub fn quoted(text: &str) -> String {
+    if text.is_empty() {
+        return "the empty string".into();
+    }
     let mut shown: String = text.chars().take(QUOTE).map(printable).collect();
     if text.chars().count() > QUOTE {
         shown.push('…');

@@ -6,8 +6,9 @@ use super::{
     expand::Shelves,
     finding::{Finding, did_you_mean, quoted},
     model::{Grant, Target},
-    name::{Id, Selector},
+    name::Id,
     reader::At,
+    selector::Selector,
     source::{SourceFile, Span},
 };
 
@@ -88,7 +89,8 @@ pub fn conflicting_claims(neighbours: &[Neighbour<'_>]) -> Vec<Indexed> {
     for (at, (_, claim)) in claims.iter().enumerate() {
         if claim.value.is_pattern() {
             for (other, (_, theirs)) in claims.iter().enumerate() {
-                if foreign(at, other) && claim.value.overlaps(&theirs.value) {
+                let later = other > at || !theirs.value.is_pattern();
+                if later && foreign(at, other) && claim.value.overlaps(&theirs.value) {
                     meet(at, other);
                 }
             }
@@ -124,14 +126,22 @@ pub fn conflicting_claims(neighbours: &[Neighbour<'_>]) -> Vec<Indexed> {
             .as_ref()
             .map_or_else(|| other.file.source.stem(), |(id, _)| id.to_string());
         let (line, _) = other.file.position(theirs.span.start);
-        let message = format!(
-            "two agents claim this cgroup: {} is inside or around {} of {}",
-            quoted(claim.value.as_str()),
-            quoted(theirs.value.as_str()),
-            quoted(&whose)
-        );
+        let (claim_text, theirs_text) = (claim.value.as_str(), theirs.value.as_str());
+        let message = if claim_text == theirs_text {
+            format!(
+                "{} is claimed by the agent {} as well",
+                quoted(claim_text),
+                quoted(&whose)
+            )
+        } else {
+            let (claim, theirs) = (quoted(claim_text), quoted(theirs_text));
+            format!(
+                "{claim} overlaps {theirs}, which the agent {} claims",
+                quoted(&whose)
+            )
+        };
         let help = format!(
-            "the other claim is {}:{line}: each cgroup is one agent's",
+            "the other claim is {}:{line}: a cgroup and what is below it are one agent's",
             name(other.file)
         );
         findings.push((

@@ -160,3 +160,41 @@ impl Space {
             .find_map(|len| self.sets.get(&network(len)).copied())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use agent_ebpf::abi::Effect;
+
+    use super::*;
+
+    const CLOCK: Clock = Clock {
+        boot_now_ns: 1,
+        wall_now_ms: 0,
+    };
+
+    fn rules(count: u16) -> Vec<TimedRule> {
+        let rule = |port| TimedRule {
+            class: None,
+            low: port,
+            high: port,
+            effect: Effect::Allow,
+            entry: u32::from(port),
+            expires: None,
+        };
+        (0..count).map(rule).collect()
+    }
+
+    #[test]
+    fn blocks_are_chained_by_index_plus_one() {
+        let sets = rule_sets(&rules(33), 7, &CLOCK);
+        let links: Vec<(u32, u32)> = sets.iter().map(|set| (set.len, set.next)).collect();
+        assert_eq!(links, [(16, 9), (16, 10), (1, 0)]);
+        assert_eq!(sets[2].rules[0].entry, 32);
+    }
+
+    #[test]
+    fn no_rules_are_one_empty_block() {
+        let sets = rule_sets(&[], 3, &CLOCK);
+        assert_eq!((sets.len(), sets[0].len, sets[0].next), (1, 0, 0));
+    }
+}

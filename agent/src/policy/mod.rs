@@ -10,9 +10,12 @@
 //! [`MemoryRules`] asks the kernel's own verdict about tables that are in no kernel, and
 //! [`explain`] puts that into words.
 
+mod assemble;
 mod clock;
 mod compile;
+mod dead;
 mod document;
+mod entries;
 mod expand;
 mod explain;
 mod finding;
@@ -24,17 +27,20 @@ mod model;
 mod name;
 mod net;
 mod reader;
+mod selector;
 mod source;
 pub mod tables;
 mod validate;
 
+pub use assemble::UNREGISTERED_ID;
 pub use clock::Clock;
-pub use compile::{Compilation, UNREGISTERED_ID, compile};
-pub use explain::{Explanation, Outcome, Question, explain};
+pub use compile::{Compilation, compile};
+pub use explain::{Explanation, Outcome, Question, explain, words};
 pub use finding::{Finding, Severity};
 pub use memory::{MemoryRules, row, rule_sets};
 pub use model::{Agent, Lifecycle, Set};
-pub use name::{Depth, HostPattern, Id, Selector, SelectorError};
+pub use name::{Depth, HostPattern, Id};
 pub use net::{Cidr, CidrError, PortError, PortSpec, Ports};
+pub use selector::{Selector, SelectorError};
 pub use source::{Source, SourceKind, Span};
 pub use tables::{AgentTables, Entry, Placed, Prefix, Scope, TimedRule, UnixMillis};

@@ -4,8 +4,9 @@
 use agent_ebpf::abi::{Loopback, Mode, State};
 
 use super::{
-    name::{Id, Selector},
+    name::Id,
     net::{Cidr, Ports},
+    selector::Selector,
     source::Span,
     tables::UnixMillis,
 };

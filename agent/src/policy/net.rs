@@ -503,7 +503,7 @@ mod tests {
             ("0", "port 0 is never reached"),
             ("0-5", "port 0 is never reached"),
             ("65536", "`65536` is not a port from 1 to 65535"),
-            ("", "`` is not a port from 1 to 65535"),
+            ("", "the empty string is not a port from 1 to 65535"),
             ("+80", "`+80` is not a port from 1 to 65535"),
             ("1-2-3", "`1-2-3` is not a port from 1 to 65535"),
             ("90-80", "the range 90-80 is reversed"),

@@ -302,7 +302,8 @@ fn leaf<'d, T>(
 fn wrong_type(notes: &mut Notes<'_>, path: &str, value: &Spanned<DeValue<'_>>, expected: &str) {
     let found = match value.get_ref() {
         DeValue::String(_) => "a string",
-        DeValue::Integer(_) => "an integer that fits",
+        DeValue::Integer(_) if integer(value.get_ref()).is_none() => "an integer too large",
+        DeValue::Integer(_) => "an integer",
         DeValue::Float(_) => "a float",
         DeValue::Boolean(_) => "a boolean",
         DeValue::Datetime(datetime) if datetime.offset.is_none() => "a time without an offset",
