@@ -269,5 +269,5 @@ fn watch_files(settings: &Settings) -> io::Result<AsyncFd<Inotify>> {
     {
         inotify.watches().add(folder, mask)?;
     }
-    AsyncFd::register(inotify)
+    AsyncFd::new(inotify)
 }
