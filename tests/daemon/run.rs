@@ -7,7 +7,7 @@ use std::{
     net::UdpSocket,
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::{fs::MetadataExt as _, process::CommandExt as _},
+        unix::process::CommandExt as _,
     },
     path::PathBuf,
     process::{Command, Stdio},
@@ -206,10 +206,9 @@ pub fn cases() -> Vec<Case> {
                 .stdout(Stdio::piped());
             let mut actor = Actor::start(command)?;
             let pid = actor.must(&Op::Pid)?;
-            let known = fx.place().status()?.cgroups("alpha")?;
             let own = cgroup_of(pid)?;
-            claim(known.contains(&own), || {
-                format!("cgroup {own} of the command is not the agent's: {known:?}")
+            claim(own.starts_with(fx.cgroup("alpha")?.path()), || {
+                format!("{} is not the agent's", own.display())
             })?;
             for way in Way::MAIN {
                 let to = Family::V4.pick(IN_V4, IN_V6, 443)?;
@@ -284,7 +283,7 @@ impl World {
 
     fn at(ctx: &Ctx, place: Place) -> Result<Self> {
         let id = ctx.unique().replace("remit-test", "runner");
-        let policy = ctx.dir().join("policy.toml");
+        let policy = ctx.dir().join(format!("{id}.toml"));
         fs::write(&policy, Agent::standard(&id).toml(&ctx.root()))?;
         Ok(Self {
             place,
@@ -402,12 +401,12 @@ fn alive(pid: Pid) -> bool {
         .unwrap_or(false)
 }
 
-/// Id of the cgroup that a process is in.
-fn cgroup_of(pid: usize) -> Result<u64> {
+/// The cgroup that a process is in.
+fn cgroup_of(pid: usize) -> Result<PathBuf> {
     let place = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let path = place
         .lines()
         .find_map(|line| line.strip_prefix("0::/"))
         .context("no cgroup")?;
-    Ok(fs::metadata(cgroup::mount()?.join(path))?.ino())
+    Ok(cgroup::mount()?.join(path))
 }

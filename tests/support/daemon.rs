@@ -67,6 +67,10 @@ impl Place {
         for name in ["agents.d", "sets.d", "run", "log", "state", "bpf"] {
             fs::create_dir_all(place.dir.join(name))?;
         }
+        let floor = place.dir.join("floor.toml");
+        if !floor.exists() {
+            fs::write(floor, "schema = 1\n")?;
+        }
         let at = place.dir.display();
         let text = format!(
             "[paths]\nregistry = \"{at}/agents.d\"\nsets = [\"{at}/sets.d\"]\n\

@@ -38,8 +38,12 @@ impl Status {
             .with_context(|| format!("status has no agent {id}"))
     }
 
-    /// Attempts refused, of all reasons or of one; 0 before the first of a reason.
+    /// Attempts refused, of all reasons or of one; 0 before the first of a reason. The processes
+    /// that nobody claims are listed only from their first attempt on.
     pub fn denied(&self, id: &str, reason: Option<&str>) -> Result<u64> {
+        if id == "unregistered" && self.agent(id).is_err() {
+            return Ok(0);
+        }
         let agent = self.agent(id)?;
         match reason {
             None => agent["denied"].as_u64().context("denied is no number"),

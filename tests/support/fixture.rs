@@ -247,7 +247,7 @@ impl Fixture {
         expect(
             &format!("errno of {}", tried.step),
             tried.errno,
-            libc::EPERM,
+            way.refusal(family),
         )?;
         claim(tried.ms < AT_ONCE_MS, || {
             format!("refused only after {:.0} ms", tried.ms)

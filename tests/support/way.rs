@@ -165,6 +165,16 @@ impl Way {
         }
     }
 
+    /// The error number of a refusal. Every kernel so far drops the error of a ping socket's send
+    /// on the way to the caller, in IPv6 (`icmpv6_push_pending_frames` returns nothing): the call
+    /// succeeds, and nothing leaves.
+    pub fn refusal(self, family: Family) -> i32 {
+        match (self, family) {
+            (Self::Ping, Family::V6) => 0,
+            _ => libc::EPERM,
+        }
+    }
+
     /// Type and protocol of the socket.
     pub fn socket(self, family: Family) -> (i32, i32) {
         let icmp = match family {
