@@ -116,6 +116,8 @@ impl Standalone {
             .map(|tables| force::image(tables, &clock))
             .collect();
         hierarchy.create(agent)?;
+        // Where there is no bpffs yet, one is mounted for all runs, not for this one.
+        kernel::prepare_bpffs(&settings.paths.bpffs)?;
         let rate = settings.log.per_agent_rate;
         let mut enforcer = core::open_alone(pins, &images, rate)?;
         enforcer.apply(images)?;
