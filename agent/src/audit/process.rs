@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(processes.user(0).as_deref(), Some("root"));
         let passwd = dir.path().join("passwd");
         fs::write(&passwd, "toor:x:0:0::/:\n").unwrap();
-        let later = SystemTime::now() + std::time::Duration::from_secs(9);
+        let later = SystemTime::now() + Duration::from_secs(9);
         File::options()
             .append(true)
             .open(&passwd)
