@@ -777,7 +777,12 @@ fn model(world: &World, ask: &Ask) -> Verdict {
     if is_loopback(addr, 128) {
         let reachable = match world.loopback {
             "any" => true,
-            "own" => ask.peer != Peer::Foreign,
+            "own" => match ask.peer {
+                Peer::Own => true,
+                Peer::Foreign => false,
+                // The rest of a connection whose other end has closed; it opens nothing.
+                Peer::Nobody => ask.hook == Hook::Egress && ask.protocol == 6 && !ask.opening,
+            },
             _ => false,
         };
         let allow = ("allow".into(), "loopback".into(), None);

@@ -118,6 +118,8 @@ impl Standalone {
         // Before the run's own folder: a file system mounted there would outlive the run.
         kernel::prepare_bpffs(&settings.paths.bpffs)?;
         hierarchy.create(agent)?;
+        // Where there is no bpffs yet, one is mounted for all runs, not for this one.
+        kernel::prepare_bpffs(&settings.paths.bpffs)?;
         let rate = settings.log.per_agent_rate;
         let mut enforcer = core::open_alone(pins, &images, rate)?;
         enforcer.apply(images)?;

@@ -188,7 +188,7 @@ fn what_can_not_be_executed_says_so_as_a_shell_does() {
     assert_eq!(child.wait().unwrap().code, 7);
     assert_eq!(
         sandbox.hierarchy.processes(&sandbox.path, true).unwrap(),
-        []
+        Vec::<u32>::new()
     );
 }
 

@@ -93,7 +93,12 @@ impl Question {
             local_port: self.local_port,
             protocol: self.protocol,
             hook: self.hook,
-            tcp_flags: if self.opening { SYN } else { 0 },
+            // Only TCP has any: another protocol with SYN set would be taken for an opening.
+            tcp_flags: if self.opening && self.protocol == 6 {
+                SYN
+            } else {
+                0
+            },
             now: clock.boot_now_ns,
         }
     }
@@ -157,7 +162,7 @@ fn allowed(tables: &AgentTables, at: u32, entry: Option<&Entry>) -> (String, Str
     }
     if at == LOOPBACK_ENTRY && tables.loopback == Loopback::Own {
         return (
-            "it is loopback, and the peer is the agent's own or nobody".into(),
+            "it is loopback, and the peer is the agent's own".into(),
             "`loopback = \"none\"` would deny it".into(),
         );
     }

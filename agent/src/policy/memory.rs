@@ -186,10 +186,12 @@ mod tests {
 
     #[test]
     fn blocks_are_chained_by_index_plus_one() {
-        let sets = rule_sets(&rules(33), 7, &CLOCK);
+        let full = u32::try_from(RULES_PER_SET).unwrap();
+        let count = u16::try_from(2 * full + 1).unwrap();
+        let sets = rule_sets(&rules(count), 7, &CLOCK);
         let links: Vec<(u32, u32)> = sets.iter().map(|set| (set.len, set.next)).collect();
-        assert_eq!(links, [(16, 9), (16, 10), (1, 0)]);
-        assert_eq!(sets[2].rules[0].entry, 32);
+        assert_eq!(links, [(full, 9), (full, 10), (1, 0)]);
+        assert_eq!(sets[2].rules[0].entry, 2 * full);
     }
 
     #[test]
