@@ -115,8 +115,6 @@ impl Standalone {
             .iter()
             .map(|tables| force::image(tables, &clock))
             .collect();
-        // Before the run's own folder: a file system mounted there would outlive the run.
-        kernel::prepare_bpffs(&settings.paths.bpffs)?;
         hierarchy.create(agent)?;
         // Where there is no bpffs yet, one is mounted for all runs, not for this one.
         kernel::prepare_bpffs(&settings.paths.bpffs)?;
