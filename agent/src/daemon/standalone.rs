@@ -242,10 +242,12 @@ fn name(id: &str) -> io::Result<String> {
     Ok(format!("{}-{pid}-{started}", id.replace('.', "+")))
 }
 
-/// When a process started, in clock ticks since boot (field 22 of proc(5) stat).
+/// When a process started, in clock ticks since boot (field 22 of proc(5) stat). One that has died
+/// and is not yet reaped enforces nothing any more: it is as good as gone.
 fn started(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     stat.rsplit_once(')')
+        .filter(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
         .and_then(|(_, rest)| rest.split_whitespace().nth(19))
         .and_then(|field| field.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat"))
