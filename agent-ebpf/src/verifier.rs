@@ -46,3 +46,11 @@ pub fn hide_addr(addr: Addr) -> Addr {
         words: [hide32(a), hide32(b), hide32(c), hide32(d)],
     }
 }
+
+/// The value itself, of which the compiler knows nothing afterwards, not even which bits are zero:
+/// a mask that follows is really applied. ([`hide`] will not do: the compiler splits its `or`.)
+#[inline(always)]
+pub fn opaque(value: usize) -> usize {
+    // SAFETY: a live local.
+    unsafe { (&raw const value).read_volatile() }
+}

@@ -28,7 +28,7 @@
 pub mod packet;
 pub mod socket;
 
-use crate::verifier::{hide, hide8, hide32};
+use crate::verifier::{hide, hide8, hide32, opaque};
 
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
@@ -326,7 +326,7 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
             if hit != 0 {
                 // Masked again where the compiler cannot see that it need not be: the verifier of
                 // 6.1 cannot follow the arithmetic that bounds the number.
-                let at = hide(bit_number(hit) as u64) as usize & (RULES_PER_SET - 1);
+                let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
                 let rule = &set.rules[at];
                 (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
                 break;
