@@ -13,6 +13,8 @@ shared! {
 const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
 impl Addr {
+    /// No address: `::`, which no packet goes to.
+    pub const UNKNOWN: Self = Self { words: [0; 4] };
     /// `127.0.0.1`, mapped.
     pub const LOOPBACK_V4: Self = Self::v4([127, 0, 0, 1]);
     /// `::1`.

@@ -7,7 +7,10 @@
 //! - later fragments have no ports. The stack fragments after this hook, so only raw sockets
 //!   send such packets.
 
-use crate::abi::{Addr, Cause, Class};
+use crate::{
+    abi::{Addr, Cause},
+    verifier::{hide8, hide32},
+};
 
 /// Bytes of a packet from its network header on.
 pub trait Bytes {
@@ -43,56 +46,81 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// Extension headers looked at; Linux itself sends at most three.
 const HEADERS: usize = 4;
 
-/// Reads the headers of `bytes`.
+impl Packet {
+    /// Nothing known yet.
+    pub const BLANK: Self = Self {
+        source: Addr::UNKNOWN,
+        destination: Addr::UNKNOWN,
+        protocol: 0,
+        source_port: 0,
+        port: 0,
+        tcp_flags: 0,
+    };
+}
+
+/// Reads the headers of `bytes` into `packet`. Into memory and not as a result, for the compiler
+/// may compute with the fields of a result that failed, which are registers never set: the
+/// verifier of 6.1 refuses that.
 #[inline(always)]
-pub fn parse<B: Bytes>(bytes: &B) -> Result<Packet, Cause> {
+pub fn parse<B: Bytes>(bytes: &B, packet: &mut Packet) -> Result<(), Cause> {
     // Four bytes rather than one: the compiler turns a check for one byte into a comparison that
     // tells the verifier nothing.
     let Some([version, ..]) = bytes.read::<4>(0) else {
         return Err(Cause::ShortPacket);
     };
     match version >> 4 {
-        4 => parse_v4(bytes, version),
-        6 => parse_v6(bytes),
+        4 => parse_v4(bytes, version, packet),
+        6 => parse_v6(bytes, packet),
         _ => Err(Cause::UnknownFamily),
     }
 }
 
 #[inline(always)]
-fn parse_v4<B: Bytes>(bytes: &B, version: u8) -> Result<Packet, Cause> {
+fn parse_v4<B: Bytes>(bytes: &B, version: u8, packet: &mut Packet) -> Result<(), Cause> {
     if version & 0xf != 5 {
         return Err(Cause::SourceRoute);
     }
-    let Some(header) = bytes.read::<20>(0) else {
+    // One after the other: read together and matched at the end, a value that could not be read
+    // is still carried along, and the verifier of 6.1 refuses that.
+    let Some(destination) = bytes.read::<4>(16) else {
+        return Err(Cause::ShortPacket);
+    };
+    let Some(source) = bytes.read::<4>(12) else {
+        return Err(Cause::ShortPacket);
+    };
+    let Some([_, protocol]) = bytes.read::<2>(8) else {
+        return Err(Cause::ShortPacket);
+    };
+    let Some([high, low]) = bytes.read::<2>(6) else {
         return Err(Cause::ShortPacket);
     };
     // Anything but the first fragment: 13 bits of offset.
-    if header[6] & 0x1f != 0 || header[7] != 0 {
+    if high & 0x1f != 0 || low != 0 {
         return Err(Cause::Fragment);
     }
-    let packet = Packet {
-        source: Addr::v4([header[12], header[13], header[14], header[15]]),
-        destination: Addr::v4([header[16], header[17], header[18], header[19]]),
-        protocol: header[9],
-        source_port: 0,
-        port: 0,
-        tcp_flags: 0,
-    };
+    packet.source = Addr::v4(source);
+    packet.destination = Addr::v4(destination);
+    packet.protocol = protocol;
     transport(bytes, 20, packet)
 }
 
 #[inline(always)]
-fn parse_v6<B: Bytes>(bytes: &B) -> Result<Packet, Cause> {
-    let (Some([next, _]), Some(source), Some(destination)) = (
-        bytes.read::<2>(6),
-        bytes.read::<16>(8),
-        bytes.read::<16>(24),
-    ) else {
+fn parse_v6<B: Bytes>(bytes: &B, packet: &mut Packet) -> Result<(), Cause> {
+    // The last bytes first, so that one check serves all; words rather than arrays, and into their
+    // place at once, which leaves the compiler no copies to lose track of.
+    let Some(destination) = words(bytes, 24) else {
+        return Err(Cause::ShortPacket);
+    };
+    packet.destination = destination;
+    let Some(source) = words(bytes, 8) else {
+        return Err(Cause::ShortPacket);
+    };
+    packet.source = source;
+    let Some([next, _]) = bytes.read::<2>(6) else {
         return Err(Cause::ShortPacket);
     };
     let mut protocol = next;
     let mut offset = 40_usize;
-    let mut told = false;
     for _ in 0..HEADERS {
         match protocol {
             ROUTING => return Err(Cause::SourceRoute),
@@ -116,62 +144,55 @@ fn parse_v6<B: Bytes>(bytes: &B) -> Result<Packet, Cause> {
                 protocol = following;
                 offset += 8;
             }
-            _ => {
-                told = true;
-                break;
-            }
+            _ => break,
         }
     }
-    if !told
-        && matches!(
-            protocol,
-            ROUTING | HOP_BY_HOP | DESTINATION_OPTIONS | FRAGMENT
-        )
-    {
-        return Err(Cause::ExtensionHeaders);
+    match protocol {
+        ROUTING => return Err(Cause::SourceRoute),
+        HOP_BY_HOP | DESTINATION_OPTIONS | FRAGMENT => return Err(Cause::ExtensionHeaders),
+        _ => {}
     }
-    let packet = Packet {
-        source: Addr::from_octets(source),
-        destination: Addr::from_octets(destination),
-        protocol,
-        source_port: 0,
-        port: 0,
-        tcp_flags: 0,
-    };
+    packet.protocol = protocol;
     transport(bytes, offset, packet)
+}
+
+/// The address at `offset`.
+#[inline(always)]
+fn words<B: Bytes>(bytes: &B, offset: usize) -> Option<Addr> {
+    let d = u32::from_ne_bytes(bytes.read::<4>(offset + 12)?);
+    let c = u32::from_ne_bytes(bytes.read::<4>(offset + 8)?);
+    let b = u32::from_ne_bytes(bytes.read::<4>(offset + 4)?);
+    let a = u32::from_ne_bytes(bytes.read::<4>(offset)?);
+    Some(Addr {
+        words: [hide32(a), hide32(b), hide32(c), hide32(d)],
+    })
 }
 
 /// Ports and flags. Multiplied by 0 or 1 rather than read or not: a branch on the protocol here
 /// would make the verifier follow each protocol on its own through all that comes after.
 #[inline(always)]
-fn transport<B: Bytes>(bytes: &B, offset: usize, packet: Packet) -> Result<Packet, Cause> {
-    let class = Class::TABLE[packet.protocol as usize];
-    let (Some(ports), Some([flags, _])) = (bytes.read::<4>(offset), bytes.read::<2>(offset + 13))
-    else {
-        // Too short for a TCP header. UDP's has eight bytes, other protocols may have fewer.
-        if class == Class::Tcp as u8 {
-            return Err(Cause::ShortPacket);
-        }
-        let Some(ports) = bytes.read::<4>(offset) else {
-            if class == Class::Udp as u8 {
-                return Err(Cause::ShortPacket);
-            }
-            return Ok(packet);
-        };
-        return Ok(with_ports(packet, ports, 0));
+fn transport<B: Bytes>(bytes: &B, offset: usize, packet: &mut Packet) -> Result<(), Cause> {
+    let protocol = packet.protocol as usize;
+    let (ports, has_ports) = match bytes.read::<4>(offset) {
+        Some(ports) => (u32::from_be_bytes(ports), 1),
+        None => (0, 0),
     };
-    Ok(with_ports(packet, ports, flags))
-}
-
-#[inline(always)]
-fn with_ports(packet: Packet, ports: [u8; 4], flags: u8) -> Packet {
-    let has_ports = u16::from(HAS_PORTS[packet.protocol as usize]);
-    Packet {
-        source_port: u16::from_be_bytes([ports[0], ports[1]]).wrapping_mul(has_ports),
-        port: u16::from_be_bytes([ports[2], ports[3]]).wrapping_mul(has_ports),
-        tcp_flags: flags.wrapping_mul(IS_TCP[packet.protocol as usize]),
-        ..packet
+    let (ports, has_ports) = (hide32(ports), hide32(has_ports));
+    let (flags, has_flags) = match bytes.read::<2>(offset + 13) {
+        Some([flags, _]) => (flags, 1),
+        None => (0, 0),
+    };
+    let (flags, has_flags) = (hide8(flags), hide32(has_flags));
+    let wants_ports = u32::from(HAS_PORTS[protocol]);
+    let wants_flags = u32::from(IS_TCP[protocol]);
+    if wants_ports & (has_ports ^ 1) | wants_flags & (has_flags ^ 1) != 0 {
+        return Err(Cause::ShortPacket);
     }
+    let ports = ports.wrapping_mul(wants_ports);
+    packet.source_port = (ports >> 16) as u16;
+    packet.port = ports as u16;
+    packet.tcp_flags = flags.wrapping_mul(wants_flags as u8);
+    Ok(())
 }
 
 /// 1 for TCP and UDP.
@@ -195,6 +216,7 @@ mod tests {
     use std::{vec, vec::Vec};
 
     use super::*;
+    use crate::abi::Class;
 
     struct Slice<'a>(&'a [u8]);
 
@@ -204,6 +226,11 @@ mod tests {
         fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
             self.0.get(offset..offset + N)?.try_into().ok()
         }
+    }
+
+    fn parse(bytes: &Slice<'_>) -> Result<Packet, Cause> {
+        let mut packet = Packet::BLANK;
+        super::parse(bytes, &mut packet).map(|()| packet)
     }
 
     fn v4(protocol: u8, payload: &[u8]) -> Vec<u8> {

@@ -77,7 +77,7 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         protocol,
     };
     if let Some(agent) = cache::hit(&question) {
-        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::remember_connected(cookie, &addr, port);
         emit::allowed(agent);
         return PASS;
     }
@@ -99,22 +99,23 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
     let mut ruling = Ruling::fault(Cause::NoRow);
     ask(ctx, &mut attempt, &mut who, &mut ruling);
     if ruling.verdict == ALLOW {
-        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::remember_connected(cookie, &addr, port);
         emit::allowed(who.agent);
         return PASS;
     }
     report(&attempt, &ruling, &who);
     if ruling.verdict == Verdict::Monitored as u8 {
-        emit::remember_owner(cookie, Some((&addr, port)));
+        emit::remember_connected(cookie, &addr, port);
         return PASS;
     }
-    aya_log_ebpf::debug!(
-        ctx,
-        "connect: agent {} refused, reason {}",
-        who.agent,
-        ruling.reason
-    );
+    log(ctx, who.agent, ruling.reason);
     REFUSE
+}
+
+/// For debugging; a function of its own for the sake of the stack.
+#[inline(never)]
+fn log(ctx: &SockAddrContext, agent: u32, reason: u8) {
+    aya_log_ebpf::debug!(ctx, "connect: agent {} refused, reason {}", agent, reason);
 }
 
 /// Whose attempt it is.

@@ -34,7 +34,7 @@ pub fn remit_create(ctx: SockContext) -> i32 {
     let mut policy = 0;
     if let Some(row) = maps::row(maps::word(agent)) {
         if may_create(row, kind, protocol) {
-            emit::remember_owner(cookie, None);
+            emit::remember_maker(cookie);
             return PASS;
         }
         ruling = Ruling::deny(Reason::SocketType);

@@ -68,7 +68,7 @@ fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
     let data = unsafe { (&raw const (*ctx.skb.skb).data).read_volatile() } as usize;
     // SAFETY: as above.
     let end = unsafe { (&raw const (*ctx.skb.skb).data_end).read_volatile() } as usize;
-    match packet::parse(&Linear { data, end }) {
+    match packet::parse(&Linear { data, end }, packet) {
         Err(Cause::ShortPacket) => read_paged(ctx, packet),
         read => settle(read, packet),
     }
@@ -77,22 +77,20 @@ fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
 /// The same, slowly.
 #[inline(never)]
 fn read_paged(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
-    settle(packet::parse(&Paged(ctx)), packet)
+    settle(packet::parse(&Paged(ctx), packet), packet)
 }
 
 /// Hands out what was read so that it looks the same to the verifier for every kind of packet.
 #[inline(always)]
-fn settle(read: Result<Packet, Cause>, packet: &mut Packet) -> u32 {
+fn settle(read: Result<(), Cause>, packet: &mut Packet) -> u32 {
+    packet.source = hide_addr(packet.source);
+    packet.destination = hide_addr(packet.destination.effective());
+    packet.protocol = hide8(packet.protocol);
+    packet.source_port = hide16(packet.source_port);
+    packet.port = hide16(packet.port);
+    packet.tcp_flags = hide8(packet.tcp_flags);
     match read {
-        Ok(read) => {
-            packet.source = hide_addr(read.source);
-            packet.destination = hide_addr(read.destination.effective());
-            packet.protocol = hide8(read.protocol);
-            packet.source_port = hide16(read.source_port);
-            packet.port = hide16(read.port);
-            packet.tcp_flags = hide8(read.tcp_flags);
-            hide32(0)
-        }
+        Ok(()) => hide32(0),
         Err(cause) => hide32(cause as u32),
     }
 }
@@ -103,14 +101,7 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: the context as the kernel gave it.
     let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
-    let mut packet = Packet {
-        source: Addr::zeroed(),
-        destination: Addr::zeroed(),
-        protocol: 0,
-        source_port: 0,
-        port: 0,
-        tcp_flags: 0,
-    };
+    let mut packet = Packet::BLANK;
     let mut who = Who {
         agent: UNREGISTERED,
         cgroup,

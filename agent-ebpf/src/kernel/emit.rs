@@ -59,18 +59,27 @@ pub fn name_owner(event: &mut Event, owner: &Owner) {
     event.witness = Witness::Owner as u8;
 }
 
-/// Remembers who owns the socket with this cookie, and where connect let it go.
-#[inline(always)]
-pub fn remember_owner(cookie: u64, connected: Option<(&Addr, u16)>) {
+/// Remembers that the running task made the socket with this cookie.
+#[inline(never)]
+pub fn remember_maker(cookie: u64) {
+    remember(cookie, Owner::zeroed());
+}
+
+/// Remembers that the running task connected the socket with this cookie, and where to.
+#[inline(never)]
+pub fn remember_connected(cookie: u64, addr: &Addr, port: u16) {
     let mut owner = Owner::zeroed();
+    owner.addr = *addr;
+    owner.port = port;
+    owner.connected = 1;
+    remember(cookie, owner);
+}
+
+#[inline(always)]
+fn remember(cookie: u64, mut owner: Owner) {
     owner.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
     owner.uid = bpf_get_current_uid_gid() as u32;
     owner.comm = bpf_get_current_comm().unwrap_or([0; 16]);
-    if let Some((addr, port)) = connected {
-        owner.addr = *addr;
-        owner.port = port;
-        owner.connected = 1;
-    }
     // A full or contended map costs a name in a log line; there is nothing better to do.
     let _lost = OWNERS_MAP.insert(cookie, owner, 0);
 }
