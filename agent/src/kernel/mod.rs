@@ -103,7 +103,13 @@ pub struct Enforcer {
     fences: HashMap<String, Fence>,
     directory: PathBuf,
     adopted: bool,
+    // Last, so that all else is closed when it looks.
+    _pins: Pins,
 }
+
+/// The pin directory in use. Maps that no link holds up are nobody's, and go with their process,
+/// also when a start fails half-way; those behind a fence stay.
+struct Pins(PathBuf);
 
 /// Magic number of bpffs in `statfs(2)`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -164,18 +170,21 @@ impl Enforcer {
         prepare_bpffs(directory)?;
         let directory = directory.join(format!("v{ABI_VERSION}"));
         let maps = directory.join("maps");
-        // Maps without a link are nobody's: a start that failed half-way left them.
-        if !has_pins(&directory.join("links")) {
-            remove_pins(&directory).map_err(|source| OpenError::Pins {
-                path: directory.clone(),
-                source,
-            })?;
+        // A process that was killed before it fenced anything may have left maps.
+        let unusable = |source| OpenError::Pins {
+            path: directory.clone(),
+            source,
+        };
+        if !has_pins(&directory.join("links")).map_err(unusable)? {
+            remove_pins(&directory).map_err(unusable)?;
         }
+        let pins = Pins(directory.clone());
         fs::create_dir_all(&maps).map_err(|source| OpenError::Pins {
             path: maps.clone(),
             source,
         })?;
         let adopted = maps.join("agents").exists();
+        let capacity = object::within_pins(capacity, &maps)?;
         let mut ebpf = object::load(object, &maps, &capacity, tuning)?;
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
@@ -194,6 +203,7 @@ impl Enforcer {
             fences: HashMap::new(),
             directory,
             adopted,
+            _pins: pins,
         };
         let said = enforcer.judge(Question {
             agent: LAYOUT_QUESTION,
@@ -387,6 +397,21 @@ impl Enforcer {
     }
 }
 
+// === impl Pins ===
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let removed = match has_pins(&self.0.join("links")) {
+            Ok(true) => Ok(()),
+            Ok(false) => remove_pins(&self.0),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(message = "Pins that hold no fence could not be removed.", %error);
+        }
+    }
+}
+
 fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     ebpf: &mut Ebpf,
     name: &'static str,
@@ -435,13 +460,21 @@ pub fn log(ebpf: &mut Ebpf) -> Result<(), aya_log::Error> {
     Ok(())
 }
 
-/// Whether anything is pinned below `directory`.
-fn has_pins(directory: &Path) -> bool {
-    fs::read_dir(directory).is_ok_and(|entries| {
-        entries.filter_map(Result::ok).any(|entry| {
-            entry.file_type().is_ok_and(|kind| !kind.is_dir()) || has_pins(&entry.path())
-        })
-    })
+/// Whether anything is pinned below `directory`. What cannot be read is an error, never a no: on a
+/// no the pins are removed.
+fn has_pins(directory: &Path) -> io::Result<bool> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() || has_pins(&entry.path())? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes a directory of pins and what is in it. bpffs has files and directories only.

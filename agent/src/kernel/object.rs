@@ -108,6 +108,30 @@ fn shapes(capacity: &Capacity) -> [Shape; 18] {
     ]
 }
 
+/// `capacity`, but no more than the maps already pinned in `maps` hold: a pinned map keeps its
+/// size, and a registry that fits into it must not be refused for the room to grow beside it.
+pub fn within_pins(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenError> {
+    let room = |name: &'static str, wanted: u32| -> Result<u32, OpenError> {
+        let path = maps.join(name);
+        if !path.exists() {
+            return Ok(wanted);
+        }
+        let info = MapInfo::from_pin(&path).map_err(|source| OpenError::Map {
+            name,
+            source: Box::new(source.into()),
+        })?;
+        Ok(wanted.min(info.max_entries()))
+    };
+    Ok(Capacity {
+        agents: room("agents", capacity.agents)?,
+        rows: room("rows", capacity.rows)?,
+        claims: room("claims", capacity.claims)?,
+        addresses: room("exacts", capacity.addresses)?,
+        prefixes: room("prefixes", capacity.prefixes)?,
+        rule_sets: room("rulesets", capacity.rule_sets)?,
+    })
+}
+
 /// Loads `object` into the kernel with its maps pinned in `maps`; maps already pinned there are
 /// taken over, after their shapes have been compared (the library does not).
 pub fn load(
