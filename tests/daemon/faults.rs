@@ -131,15 +131,63 @@ const FAULTS: &[Fault] = &[
     },
 ];
 
-/// Those that an earlier daemon's fence is tried with: the map's size is the pinned one's then.
+/// Those that are tried over an earlier daemon's fence. (Its maps keep their sizes: see [`GROWN`].)
 const OVER_A_FENCE: &[&str] = &[
     "structs_of_another_layout",
     "a_missing_hook",
     "a_missing_map",
     "half_an_object",
-    "too_few_agents",
-    "too_few_rule_sets",
-    "too_few_addresses",
+];
+
+/// A registry that outgrows the maps of the standing fence: limits of the first start, the form of
+/// the grants that come on top (none: another agent), and what the message must name.
+type Grown = (
+    &'static str,
+    &'static str,
+    Option<fn(u8) -> String>,
+    &'static [&'static str],
+);
+const GROWN: &[Grown] = &[
+    (
+        "agents",
+        "agents = 2",
+        None,
+        &[
+            "`agents`",
+            "holds 2",
+            "needs 3",
+            "`limits.agents`",
+            "--detach-all",
+        ],
+    ),
+    (
+        "addresses",
+        "addresses = 60",
+        Some(|at| format!("192.0.2.{at}")),
+        &["`exacts`", "holds 60", "`limits.addresses`", "--detach-all"],
+    ),
+    (
+        "prefixes",
+        "prefixes = 60",
+        Some(|at| format!("10.{at}.0.0/16")),
+        &[
+            "`prefixes`",
+            "holds 60",
+            "`limits.prefixes`",
+            "--detach-all",
+        ],
+    ),
+    (
+        "rule_sets",
+        "rule_sets = 60",
+        Some(|at| format!("192.0.2.{at}")),
+        &[
+            "`rulesets`",
+            "holds 60",
+            "`limits.rule_sets`",
+            "--detach-all",
+        ],
+    ),
 ];
 
 /// All cases here.
@@ -158,7 +206,7 @@ pub fn cases() -> Vec<Case> {
                 move |ctx| leaves_the_fence(ctx, fault),
             )
         });
-    let whole = Case::new("faults::without_any_it_starts", |ctx| {
+    let sound = Case::new("faults::without_any_it_starts", |ctx| {
         let place = Place::lay(ctx, &Settings::default())?;
         let _root = Cgroup::create(&ctx.root())?;
         place.write(&agent())?;
@@ -170,43 +218,37 @@ pub fn cases() -> Vec<Case> {
             0,
         )
     });
-    let wider = Case::new("faults::wider_limits_adopt_a_narrower_fence", |ctx| {
-        let settings = |limits: &str| Settings {
-            more: format!("[limits]\n{limits}\n"),
-            ..Settings::default()
-        };
-        let mut fx = Fixture::start_with(
-            ctx,
-            &[agent()],
-            &settings("agents = 2\naddresses = 200\nprefixes = 200\nrule_sets = 100"),
-        )?;
+    let grown = GROWN.iter().map(|grown| {
+        Case::new(
+            format!("faults::too_many_{}_leave_the_fence", grown.0),
+            move |ctx| outgrown(ctx, grown),
+        )
+    });
+    let resized = Case::new("faults::other_limits_adopt_a_standing_fence", |ctx| {
+        let mut fx = Fixture::start_with(ctx, &[agent()], &limits("agents = 8\nrule_sets = 100"))?;
         let mut actor = fx.actor("alpha")?;
         let allowed = Family::V4.pick(IN_V4, IN_V6, 443)?;
-        // The registry still fits: the room to grow that a fresh start would make is no need.
-        fx.daemon.kill()?;
-        Place::lay(ctx, &Settings::default())?;
-        fx.daemon.restart()?;
-        fx.arrives(&mut actor, Way::Tcp, Family::V4, allowed)?;
-        // One agent more does not: the message says which map, and what it takes.
-        fx.daemon.kill()?;
-        fx.place().write(&Agent::standard("beta"))?;
-        let ended = start(fx.place(), &whole()?)?;
-        claim(!ended.ready && ended.code != 0, || "it started".to_owned())?;
-        for name in [
-            "`agents`",
-            "holds 2",
-            "needs 3",
-            "`limits.agents`",
-            "--detach-all",
+        let denied = Family::V4.pick(OUT_V4, OUT_V6, 443)?;
+        // Room to grow that a fresh start would make is no need, and less of it takes nothing
+        // away that is there.
+        for settings in [
+            Settings::default(),
+            limits("agents = 1\naddresses = 1\nprefixes = 1\nrule_sets = 1"),
         ] {
-            claim(ended.said.contains(name), || ended.said.clone())?;
+            fx.daemon.kill()?;
+            Place::lay(ctx, &settings)?;
+            fx.daemon.restart()?;
+            fx.arrives(&mut actor, Way::Tcp, Family::V4, allowed)?;
+            let tried = Way::Tcp.perform(&mut actor, Family::V4, denied)?;
+            expect("errno out of scope", tried.errno, libc::EPERM)?;
         }
-        fx.arrives(&mut actor, Way::Tcp, Family::V4, allowed)?;
-        let said = fx.daemon.detach()?;
-        expect("detach", said.code, 0)?;
-        fx.daemon.restart()
+        Ok(())
     });
-    fresh.chain(over).chain([whole, wider]).collect()
+    fresh
+        .chain(over)
+        .chain(grown)
+        .chain([sound, resized])
+        .collect()
 }
 
 /// With more than one agent, address, prefix and rule set.
@@ -218,17 +260,17 @@ fn agent() -> Agent {
 
 fn stops(ctx: &Ctx, fault: &Fault) -> Result<()> {
     let root = Cgroup::create(&ctx.root())?;
-    let place = Place::lay(ctx, &with_limits(fault))?;
+    let place = Place::lay(ctx, &limits(fault.limits))?;
     place.write(&agent())?;
     let cgroup = root.child("alpha.service")?;
     let mut actor = Actor::spawn(Some(&cgroup))?;
-    refused_start(&place, fault)?;
+    refused_start(&place, &(fault.object)()?, fault.names)?;
 
     // Nothing is attached: what is out of scope arrives, as on any host without Remit.
     let to = Family::V4.pick(OUT_V4, OUT_V6, 443)?;
     let tried = Way::UdpSendTo.perform(&mut actor, Family::V4, to)?;
     expect("errno without a fence", tried.errno, 0)?;
-    let pins = files(&place.at("bpf"))?;
+    let pins = pins(&place)?;
     claim(pins.is_empty(), || format!("it left pins: {pins:?}"))?;
 
     // And the place is as good as new.
@@ -246,37 +288,65 @@ fn leaves_the_fence(ctx: &Ctx, fault: &Fault) -> Result<()> {
     let mut fx = Fixture::start(ctx, &[agent()])?;
     let mut actor = fx.actor("alpha")?;
     fx.daemon.kill()?;
-    let before = files(&fx.place().at("bpf"))?;
-    claim(!before.is_empty(), || "nothing is pinned".to_owned())?;
+    stands_after(&mut fx, &mut actor, fault.object, fault.names)?;
+    fx.daemon.restart()?;
+    in_force(&mut fx, &mut actor)
+}
 
-    let place = Place::lay(ctx, &with_limits(fault))?;
-    refused_start(&place, fault)?;
-    expect("pins", files(&place.at("bpf"))?, before)?;
+fn outgrown(ctx: &Ctx, (_, narrow, grants, names): &Grown) -> Result<()> {
+    let mut fx = Fixture::start_with(ctx, &[agent()], &limits(narrow))?;
+    let mut actor = fx.actor("alpha")?;
+    fx.daemon.kill()?;
+    match grants {
+        None => fx.place().write(&Agent::standard("beta"))?,
+        Some(to) => {
+            let many = (1..=80).fold(agent(), |agent, at| {
+                agent.allow(&to(at), &(1000 + u32::from(at)).to_string())
+            });
+            fx.place().write(&many)?;
+        }
+    }
+    // The advice, first half: that alone does not help.
+    Place::lay(ctx, &Settings::default())?;
+    stands_after(&mut fx, &mut actor, whole, names)?;
+    // The second half does.
+    expect("detach", fx.daemon.detach()?.code, 0)?;
+    fx.daemon.restart()?;
+    in_force(&mut fx, &mut actor)
+}
+
+/// A start that is refused over a standing fence changes nothing.
+fn stands_after(
+    fx: &mut Fixture,
+    actor: &mut Actor,
+    object: fn() -> Result<Vec<u8>>,
+    names: &[&str],
+) -> Result<()> {
+    let before = pins(fx.place())?;
+    claim(!before.is_empty(), || "nothing is pinned".to_owned())?;
+    refused_start(fx.place(), &object()?, names)?;
+    expect("pins", pins(fx.place())?, before)?;
+    in_force(fx, actor)
+}
+
+/// In scope arrives, out of scope is refused.
+fn in_force(fx: &mut Fixture, actor: &mut Actor) -> Result<()> {
     for family in Family::ALL {
         for way in Way::MAIN {
             let to = family.pick(OUT_V4, OUT_V6, 443)?;
-            let tried = way.perform(&mut actor, family, to)?;
+            let tried = way.perform(actor, family, to)?;
             expect("errno out of scope", tried.errno, libc::EPERM)?;
-            fx.arrives(&mut actor, way, family, family.pick(IN_V4, IN_V6, 443)?)?;
+            fx.arrives(actor, way, family, family.pick(IN_V4, IN_V6, 443)?)?;
         }
     }
-    Place::lay(ctx, &Settings::default())?;
-    fx.daemon.restart()?;
-    fx.arrives(
-        &mut actor,
-        Way::Tcp,
-        Family::V4,
-        Family::V4.pick(IN_V4, IN_V6, 443)?,
-    )?;
-    drop(actor);
     Ok(())
 }
 
-fn with_limits(fault: &Fault) -> Settings {
-    let more = if fault.limits.is_empty() {
+fn limits(keys: &str) -> Settings {
+    let more = if keys.is_empty() {
         String::new()
     } else {
-        format!("[limits]\n{}\n", fault.limits)
+        format!("[limits]\n{keys}\n")
     };
     Settings {
         more,
@@ -284,11 +354,11 @@ fn with_limits(fault: &Fault) -> Settings {
     }
 }
 
-fn refused_start(place: &Place, fault: &Fault) -> Result<()> {
-    let ended = start(place, &(fault.object)()?)?;
+fn refused_start(place: &Place, object: &[u8], names: &[&str]) -> Result<()> {
+    let ended = start(place, object)?;
     claim(!ended.ready, || "it said READY".to_owned())?;
     claim(ended.code != 0, || format!("exit 0: {}", ended.said))?;
-    for name in fault.names {
+    for name in names {
         claim(ended.said.contains(name), || {
             format!("the message does not name {name}: {}", ended.said)
         })?;
@@ -355,6 +425,14 @@ fn hears_ready(manager: &UnixDatagram) -> Result<bool> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// What is pinned. (The top of a bpffs has files of the kernel's own, with a dot in their names,
+/// which pins cannot have.)
+fn pins(place: &Place) -> Result<Vec<String>> {
+    let mut found = files(&place.at("bpf"))?;
+    found.retain(|path| !path.ends_with(".debug"));
+    Ok(found)
 }
 
 /// Every file below `directory`, sorted.

@@ -184,15 +184,29 @@ impl Enforcer {
             source,
         })?;
         let adopted = maps.join("agents").exists();
-        let capacity = object::within_pins(capacity, &maps)?;
+        let capacity = object::sizes(capacity, &maps)?;
         let mut ebpf = object::load(object, &maps, &capacity, tuning)?;
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
         let folds = typed(&mut ebpf, "folds")?;
-        let question = typed(&mut ebpf, "question")?;
-        let answer = typed(&mut ebpf, "answer")?;
+        let mut question = typed(&mut ebpf, "question")?;
+        let mut answer = typed(&mut ebpf, "answer")?;
+        // Before the tables are taken over: read by another layout they would look like nobody's.
+        let layout = Question {
+            agent: LAYOUT_QUESTION,
+            ..Question::zeroed()
+        };
+        let said = judge(&ebpf, &mut question, &mut answer, layout)?;
+        if said.row != FINGERPRINT || said.entry != ABI_VERSION {
+            return Err(OpenError::Fingerprint {
+                found: said.row,
+                found_abi: said.entry,
+                wanted: FINGERPRINT,
+                wanted_abi: ABI_VERSION,
+            });
+        }
         let tables = table::Tables::open(&mut ebpf, capacity)?;
-        let mut enforcer = Self {
+        Ok(Self {
             ebpf,
             tables,
             events,
@@ -204,20 +218,7 @@ impl Enforcer {
             directory,
             adopted,
             _pins: pins,
-        };
-        let said = enforcer.judge(Question {
-            agent: LAYOUT_QUESTION,
-            ..Question::zeroed()
-        })?;
-        if said.row != FINGERPRINT || said.entry != ABI_VERSION {
-            return Err(OpenError::Fingerprint {
-                found: said.row,
-                found_abi: said.entry,
-                wanted: FINGERPRINT,
-                wanted_abi: ABI_VERSION,
-            });
-        }
-        Ok(enforcer)
+        })
     }
 
     /// The object, for `aya-log`.
@@ -306,33 +307,7 @@ impl Enforcer {
 
     /// Puts a question to the loaded programs' own verdict.
     pub fn judge(&mut self, question: Question) -> Result<Answer, OpenError> {
-        let failed = |what: &str, error: &dyn std::fmt::Display| {
-            OpenError::SelfTest(format!("cannot {what}: {error}"))
-        };
-        self.answer
-            .set(0, Answer::zeroed(), 0)
-            .map_err(|error| failed("clear the answer", &error))?;
-        self.question
-            .set(0, question, 0)
-            .map_err(|error| failed("put the question", &error))?;
-        let Some(Program::CgroupSkb(judge)) = self.ebpf.program(object::JUDGE) else {
-            return Err(OpenError::HookMissing {
-                program: object::JUDGE,
-            });
-        };
-        let program = judge
-            .fd()
-            .map_err(|error| failed("find the judge", &error))?;
-        sys::test_run(program.as_fd(), &[0; 64])
-            .map_err(|error| failed("run the judge", &error))?;
-        let answer = self
-            .answer
-            .get(&0, 0)
-            .map_err(|error| failed("read the answer", &error))?;
-        if answer.verdict == 0 {
-            return Err(OpenError::SelfTest("the judge gave no answer".to_owned()));
-        }
-        Ok(answer)
+        judge(&self.ebpf, &mut self.question, &mut self.answer, question)
     }
 
     /// A descriptor that becomes readable when a CPU wakes the reader of the ring.
@@ -410,6 +385,40 @@ impl Drop for Pins {
             tracing::warn!(message = "Pins that hold no fence could not be removed.", %error);
         }
     }
+}
+
+/// Runs the judge on one question.
+fn judge(
+    ebpf: &Ebpf,
+    questions: &mut Array<MapData, Question>,
+    answers: &mut Array<MapData, Answer>,
+    question: Question,
+) -> Result<Answer, OpenError> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        OpenError::SelfTest(format!("cannot {what}: {error}"))
+    };
+    answers
+        .set(0, Answer::zeroed(), 0)
+        .map_err(|error| failed("clear the answer", &error))?;
+    questions
+        .set(0, question, 0)
+        .map_err(|error| failed("put the question", &error))?;
+    let Some(Program::CgroupSkb(judge)) = ebpf.program(object::JUDGE) else {
+        return Err(OpenError::HookMissing {
+            program: object::JUDGE,
+        });
+    };
+    let program = judge
+        .fd()
+        .map_err(|error| failed("find the judge", &error))?;
+    sys::test_run(program.as_fd(), &[0; 64]).map_err(|error| failed("run the judge", &error))?;
+    let answer = answers
+        .get(&0, 0)
+        .map_err(|error| failed("read the answer", &error))?;
+    if answer.verdict == 0 {
+        return Err(OpenError::SelfTest("the judge gave no answer".to_owned()));
+    }
+    Ok(answer)
 }
 
 fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(

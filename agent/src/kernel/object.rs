@@ -108,10 +108,11 @@ fn shapes(capacity: &Capacity) -> [Shape; 18] {
     ]
 }
 
-/// `capacity`, but no more than the maps already pinned in `maps` hold: a pinned map keeps its
-/// size, and a registry that fits into it must not be refused for the room to grow beside it.
-pub fn within_pins(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenError> {
-    let room = |name: &'static str, wanted: u32| -> Result<u32, OpenError> {
+/// The sizes that the maps will have: of those already pinned in `maps` their own, of others
+/// `capacity`. A pinned map keeps its size, so a registry that fits into it must not be refused
+/// for room to grow, and what lies past a smaller `capacity` is in force all the same.
+pub fn sizes(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenError> {
+    let size = |name: &'static str, wanted: u32| -> Result<u32, OpenError> {
         let path = maps.join(name);
         if !path.exists() {
             return Ok(wanted);
@@ -120,15 +121,15 @@ pub fn within_pins(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenErro
             name,
             source: Box::new(source.into()),
         })?;
-        Ok(wanted.min(info.max_entries()))
+        Ok(info.max_entries())
     };
     Ok(Capacity {
-        agents: room("agents", capacity.agents)?,
-        rows: room("rows", capacity.rows)?,
-        claims: room("claims", capacity.claims)?,
-        addresses: room("exacts", capacity.addresses)?,
-        prefixes: room("prefixes", capacity.prefixes)?,
-        rule_sets: room("rulesets", capacity.rule_sets)?,
+        agents: size("agents", capacity.agents)?,
+        rows: size("rows", capacity.rows)?,
+        claims: size("claims", capacity.claims)?,
+        addresses: size("exacts", capacity.addresses)?,
+        prefixes: size("prefixes", capacity.prefixes)?,
+        rule_sets: size("rulesets", capacity.rule_sets)?,
     })
 }
 
