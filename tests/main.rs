@@ -19,6 +19,7 @@ fn main() -> ExitCode {
     let result = match args.as_slice() {
         ["actor"] => actor::serve(),
         ["probe", orders] => actor::probe(orders),
+        ["daemon-with", object] => daemon::faults::daemon_with(object),
         ["exit", code] => code
             .parse::<u8>()
             .map(ExitCode::from)

@@ -4,6 +4,7 @@ use crate::harness::Case;
 
 mod bad_registry;
 mod commands;
+pub mod faults;
 mod flood;
 mod life;
 mod run;
@@ -13,6 +14,7 @@ pub fn cases() -> Vec<Case> {
     [
         life::cases(),
         commands::cases(),
+        faults::cases(),
         bad_registry::cases(),
         flood::cases(),
         run::cases(),

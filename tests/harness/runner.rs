@@ -88,7 +88,7 @@ fn judge(case: &Case, unique: &str) -> Result<Judged> {
         },
         Some(Some(0)) => Judged {
             outcome: "passed",
-            why: String::new(),
+            why, // a passed case may have said how much it compared
         },
         Some(Some(code)) if code == i32::from(NOT_TESTED) => Judged {
             outcome: "not_tested",

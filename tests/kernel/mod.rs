@@ -11,6 +11,7 @@ mod lifecycle;
 mod loopback;
 mod membership;
 mod monitor;
+mod parity;
 mod ports;
 mod reach;
 mod serve;
@@ -30,6 +31,7 @@ pub fn cases() -> Vec<Case> {
         icmp::cases(),
         membership::cases(),
         change::cases(),
+        parity::cases(),
     ]
     .into_iter()
     .flatten()

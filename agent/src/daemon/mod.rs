@@ -39,7 +39,7 @@ use crate::{
     kernel::{self, ApplyError, AttachError, OpenError},
 };
 
-pub use force::Unusable;
+pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
 
 /// What a start is told beside the settings.

@@ -154,7 +154,8 @@ pub enum ApplyError {
     /// No room.
     #[error(
         "map `{map}` is full: it holds {has} entries and this registry needs {needs}; raise \
-         `limits.{limit}` and restart the daemon"
+         `limits.{limit}` (a map behind a standing fence keeps its size until `remit daemon \
+         --detach-all` has lifted that fence)"
     )]
     Full {
         /// Map.

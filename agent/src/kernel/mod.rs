@@ -103,7 +103,13 @@ pub struct Enforcer {
     fences: HashMap<String, Fence>,
     directory: PathBuf,
     adopted: bool,
+    // Last, so that all else is closed when it looks.
+    _pins: Pins,
 }
+
+/// The pin directory in use. Maps that no link holds up are nobody's, and go with their process,
+/// also when a start fails half-way; those behind a fence stay.
+struct Pins(PathBuf);
 
 /// Magic number of bpffs in `statfs(2)`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -164,26 +170,43 @@ impl Enforcer {
         prepare_bpffs(directory)?;
         let directory = directory.join(format!("v{ABI_VERSION}"));
         let maps = directory.join("maps");
-        // Maps without a link are nobody's: a start that failed half-way left them.
-        if !has_pins(&directory.join("links")) {
-            remove_pins(&directory).map_err(|source| OpenError::Pins {
-                path: directory.clone(),
-                source,
-            })?;
+        // A process that was killed before it fenced anything may have left maps.
+        let unusable = |source| OpenError::Pins {
+            path: directory.clone(),
+            source,
+        };
+        if !has_pins(&directory.join("links")).map_err(unusable)? {
+            remove_pins(&directory).map_err(unusable)?;
         }
+        let pins = Pins(directory.clone());
         fs::create_dir_all(&maps).map_err(|source| OpenError::Pins {
             path: maps.clone(),
             source,
         })?;
         let adopted = maps.join("agents").exists();
+        let capacity = object::sizes(capacity, &maps)?;
         let mut ebpf = object::load(object, &maps, &capacity, tuning)?;
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
         let folds = typed(&mut ebpf, "folds")?;
-        let question = typed(&mut ebpf, "question")?;
-        let answer = typed(&mut ebpf, "answer")?;
+        let mut question = typed(&mut ebpf, "question")?;
+        let mut answer = typed(&mut ebpf, "answer")?;
+        // Before the tables are taken over: read by another layout they would look like nobody's.
+        let layout = Question {
+            agent: LAYOUT_QUESTION,
+            ..Question::zeroed()
+        };
+        let said = judge(&ebpf, &mut question, &mut answer, layout)?;
+        if said.row != FINGERPRINT || said.entry != ABI_VERSION {
+            return Err(OpenError::Fingerprint {
+                found: said.row,
+                found_abi: said.entry,
+                wanted: FINGERPRINT,
+                wanted_abi: ABI_VERSION,
+            });
+        }
         let tables = table::Tables::open(&mut ebpf, capacity)?;
-        let mut enforcer = Self {
+        Ok(Self {
             ebpf,
             tables,
             events,
@@ -194,20 +217,8 @@ impl Enforcer {
             fences: HashMap::new(),
             directory,
             adopted,
-        };
-        let said = enforcer.judge(Question {
-            agent: LAYOUT_QUESTION,
-            ..Question::zeroed()
-        })?;
-        if said.row != FINGERPRINT || said.entry != ABI_VERSION {
-            return Err(OpenError::Fingerprint {
-                found: said.row,
-                found_abi: said.entry,
-                wanted: FINGERPRINT,
-                wanted_abi: ABI_VERSION,
-            });
-        }
-        Ok(enforcer)
+            _pins: pins,
+        })
     }
 
     /// The object, for `aya-log`.
@@ -296,33 +307,7 @@ impl Enforcer {
 
     /// Puts a question to the loaded programs' own verdict.
     pub fn judge(&mut self, question: Question) -> Result<Answer, OpenError> {
-        let failed = |what: &str, error: &dyn std::fmt::Display| {
-            OpenError::SelfTest(format!("cannot {what}: {error}"))
-        };
-        self.answer
-            .set(0, Answer::zeroed(), 0)
-            .map_err(|error| failed("clear the answer", &error))?;
-        self.question
-            .set(0, question, 0)
-            .map_err(|error| failed("put the question", &error))?;
-        let Some(Program::CgroupSkb(judge)) = self.ebpf.program(object::JUDGE) else {
-            return Err(OpenError::HookMissing {
-                program: object::JUDGE,
-            });
-        };
-        let program = judge
-            .fd()
-            .map_err(|error| failed("find the judge", &error))?;
-        sys::test_run(program.as_fd(), &[0; 64])
-            .map_err(|error| failed("run the judge", &error))?;
-        let answer = self
-            .answer
-            .get(&0, 0)
-            .map_err(|error| failed("read the answer", &error))?;
-        if answer.verdict == 0 {
-            return Err(OpenError::SelfTest("the judge gave no answer".to_owned()));
-        }
-        Ok(answer)
+        judge(&self.ebpf, &mut self.question, &mut self.answer, question)
     }
 
     /// A descriptor that becomes readable when a CPU wakes the reader of the ring.
@@ -387,6 +372,55 @@ impl Enforcer {
     }
 }
 
+// === impl Pins ===
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let removed = match has_pins(&self.0.join("links")) {
+            Ok(true) => Ok(()),
+            Ok(false) => remove_pins(&self.0),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(message = "Pins that hold no fence could not be removed.", %error);
+        }
+    }
+}
+
+/// Runs the judge on one question.
+fn judge(
+    ebpf: &Ebpf,
+    questions: &mut Array<MapData, Question>,
+    answers: &mut Array<MapData, Answer>,
+    question: Question,
+) -> Result<Answer, OpenError> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        OpenError::SelfTest(format!("cannot {what}: {error}"))
+    };
+    answers
+        .set(0, Answer::zeroed(), 0)
+        .map_err(|error| failed("clear the answer", &error))?;
+    questions
+        .set(0, question, 0)
+        .map_err(|error| failed("put the question", &error))?;
+    let Some(Program::CgroupSkb(judge)) = ebpf.program(object::JUDGE) else {
+        return Err(OpenError::HookMissing {
+            program: object::JUDGE,
+        });
+    };
+    let program = judge
+        .fd()
+        .map_err(|error| failed("find the judge", &error))?;
+    sys::test_run(program.as_fd(), &[0; 64]).map_err(|error| failed("run the judge", &error))?;
+    let answer = answers
+        .get(&0, 0)
+        .map_err(|error| failed("read the answer", &error))?;
+    if answer.verdict == 0 {
+        return Err(OpenError::SelfTest("the judge gave no answer".to_owned()));
+    }
+    Ok(answer)
+}
+
 fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     ebpf: &mut Ebpf,
     name: &'static str,
@@ -435,13 +469,21 @@ pub fn log(ebpf: &mut Ebpf) -> Result<(), aya_log::Error> {
     Ok(())
 }
 
-/// Whether anything is pinned below `directory`.
-fn has_pins(directory: &Path) -> bool {
-    fs::read_dir(directory).is_ok_and(|entries| {
-        entries.filter_map(Result::ok).any(|entry| {
-            entry.file_type().is_ok_and(|kind| !kind.is_dir()) || has_pins(&entry.path())
-        })
-    })
+/// Whether anything is pinned below `directory`. What cannot be read is an error, never a no: on a
+/// no the pins are removed.
+fn has_pins(directory: &Path) -> io::Result<bool> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() || has_pins(&entry.path())? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes a directory of pins and what is in it. bpffs has files and directories only.

@@ -108,6 +108,31 @@ fn shapes(capacity: &Capacity) -> [Shape; 18] {
     ]
 }
 
+/// The sizes that the maps will have: of those already pinned in `maps` their own, of others
+/// `capacity`. A pinned map keeps its size, so a registry that fits into it must not be refused
+/// for room to grow, and what lies past a smaller `capacity` is in force all the same.
+pub fn sizes(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenError> {
+    let size = |name: &'static str, wanted: u32| -> Result<u32, OpenError> {
+        let path = maps.join(name);
+        if !path.exists() {
+            return Ok(wanted);
+        }
+        let info = MapInfo::from_pin(&path).map_err(|source| OpenError::Map {
+            name,
+            source: Box::new(source.into()),
+        })?;
+        Ok(info.max_entries())
+    };
+    Ok(Capacity {
+        agents: size("agents", capacity.agents)?,
+        rows: size("rows", capacity.rows)?,
+        claims: size("claims", capacity.claims)?,
+        addresses: size("exacts", capacity.addresses)?,
+        prefixes: size("prefixes", capacity.prefixes)?,
+        rule_sets: size("rulesets", capacity.rule_sets)?,
+    })
+}
+
 /// Loads `object` into the kernel with its maps pinned in `maps`; maps already pinned there are
 /// taken over, after their shapes have been compared (the library does not).
 pub fn load(
