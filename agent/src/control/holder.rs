@@ -32,9 +32,14 @@ const MESSAGE: usize = 16;
 /// The answer comes from the kernel within the call; this is for the case that it does not.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Whether `pid` has a descriptor of the peer of `connection`. No when it can't be told.
-pub(super) fn holds_other_end(pid: i32, connection: BorrowedFd<'_>) -> bool {
-    peer_inode(connection).is_ok_and(|inode| holds(pid, inode))
+/// Whether `pid` has a descriptor of the peer of `connection`. None where the kernel has no
+/// unix_diag (a module that may be missing), so that nobody can tell.
+pub(super) fn holds_other_end(pid: i32, connection: BorrowedFd<'_>) -> Option<bool> {
+    match peer_inode(connection) {
+        Ok(inode) => Some(holds(pid, inode)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+        Err(_) => Some(false),
+    }
 }
 
 fn holds(pid: i32, inode: u32) -> bool {
@@ -54,10 +59,20 @@ fn peer_inode(connection: BorrowedFd<'_>) -> io::Result<u32> {
     send(netlink.as_raw_fd(), &request(inode), MsgFlags::empty())?;
     let mut answer = [0; 512];
     let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    answer
-        .get(..length)
-        .and_then(|answer| parse(answer, inode))
-        .ok_or_else(|| io::Error::other("sock_diag tells no peer"))
+    let answer = answer.get(..length).unwrap_or_default();
+    if let Some(errno) = refusal(answer) {
+        return Err(io::Error::from_raw_os_error(errno));
+    }
+    parse(answer, inode).ok_or_else(|| io::Error::other("sock_diag tells no peer"))
+}
+
+/// The error number in an `NLMSG_ERROR`. ENOENT about a socket that we hold means that no module
+/// answers for unix sockets.
+fn refusal(answer: &[u8]) -> Option<i32> {
+    const NLMSG_ERROR: u16 = 2;
+    let kind = u16::from_ne_bytes(bytes(answer, 4)?);
+    let errno = i32::from_ne_bytes(bytes(answer, HEADER)?);
+    (kind == NLMSG_ERROR).then_some(-errno)
 }
 
 fn open() -> io::Result<OwnedFd> {
@@ -132,7 +147,7 @@ mod tests {
         let inode = peer_inode(accepted.as_fd()).unwrap();
         assert_eq!(u64::from(inode), fstat(&client).unwrap().st_ino);
         let own = i32::try_from(std::process::id()).unwrap();
-        assert!(holds_other_end(own, accepted.as_fd()));
+        assert_eq!(holds_other_end(own, accepted.as_fd()), Some(true));
 
         // A process with no descriptor of it: what a reused number would lead to.
         let mut other = std::process::Command::new("sleep")
@@ -142,10 +157,10 @@ mod tests {
         let held = holds_other_end(i32::try_from(other.id()).unwrap(), accepted.as_fd());
         other.kill().unwrap();
         other.wait().unwrap();
-        assert!(!held);
+        assert_eq!(held, Some(false));
 
         drop(client);
-        assert!(!holds_other_end(own, accepted.as_fd()));
+        assert_eq!(holds_other_end(own, accepted.as_fd()), Some(false));
     }
 
     #[test]

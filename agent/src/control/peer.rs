@@ -125,7 +125,10 @@ fn confirm(peer: &Peer, socket: BorrowedFd<'_>) -> Option<(i32, String)> {
     let pid = pid_of(pidfd)?;
     let cgroup = read_cgroup(pid)?;
     if let Peer::Numbered(_) = peer
-        && !holder::holds_other_end(pid, socket)
+        // Where the kernel cannot tell, the process that has the number counts. It would take a
+        // caller who may open the socket, ends at once, and has its number given out anew before
+        // its connection is accepted.
+        && holder::holds_other_end(pid, socket) == Some(false)
     {
         return None;
     }
