@@ -91,17 +91,6 @@ pub fn cases() -> Vec<Case> {
                     .map(drop)
             },
         ),
-        Case::new("reload::the_last_good_entry_survives_a_restart", |ctx| {
-            let mut fx = start(ctx, "keep")?;
-            break_alpha(&fx)?;
-            expect("exit code", fx.place().remit(&["reload"])?.code, 1)?;
-            fx.daemon.terminate()?;
-            fx.daemon.restart()?;
-            let mut alpha = fx.actor("alpha")?;
-            let inside = Family::V4.pick(IN_V4, IN_V6, 443)?;
-            fx.arrives(&mut alpha, Way::Tcp, Family::V4, inside)
-                .map(drop)
-        }),
         Case::new("reload::good_loads_are_logged", |ctx| {
             let fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
             fx.change(&Agent::standard("alpha").deny("198.51.100.64/26"))?;
