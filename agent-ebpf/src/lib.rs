@@ -9,3 +9,4 @@
 
 pub mod abi;
 pub mod decide;
+pub mod verifier;

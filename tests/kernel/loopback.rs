@@ -8,7 +8,7 @@ use anyhow::Result;
 use crate::{
     actor::Op,
     harness::Case,
-    support::{Actor, Agent, Family, Fixture, Refusal, Way, expect, way::PAYLOAD},
+    support::{Actor, Agent, Family, Fixture, Refusal, Way, claim, expect, way::PAYLOAD},
 };
 
 const PORT: u16 = 7700;
@@ -115,13 +115,25 @@ pub fn cases() -> Vec<Case> {
         ));
     }
     cases.push(Case::new(
-        "loopback::nobody_listening_is_no_violation",
+        "loopback::where_nobody_listens_is_not_its_own",
         |ctx| {
-            let fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
+            let mut fx = Fixture::start(ctx, &[Agent::new("alpha")])?;
             let mut actor = fx.actor("alpha")?;
-            let tried = Way::Tcp.perform(&mut actor, Family::V4, "127.0.0.1:7799".parse()?)?;
-            expect("errno", tried.errno, libc::ECONNREFUSED)?;
-            expect("denied", fx.place().status()?.denied("alpha", None)?, 0)
+            for way in Way::MAIN {
+                let before = fx.violations()?.len();
+                let to: SocketAddr = "127.0.0.1:7799".parse()?;
+                fx.wire.drain()?;
+                let tried = way.perform(&mut actor, Family::V4, to)?;
+                expect(way.name(), tried.errno, libc::EPERM)?;
+                let left = fx.wire.drain()?;
+                claim(left.iter().all(|seen| seen.port != to.port()), || {
+                    format!("on the wire: {left:?}")
+                })?;
+                fx.await_line(before, "alpha", |line| {
+                    line.text("/unmapped/reason") == "loopback_foreign"
+                })?;
+            }
+            fx.reconcile("alpha")
         },
     ));
     cases

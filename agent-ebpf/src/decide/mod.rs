@@ -28,6 +28,8 @@
 pub mod packet;
 pub mod socket;
 
+use crate::verifier::{hide, hide8, hide32, opaque};
+
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
     NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
@@ -262,19 +264,18 @@ const fn is_tail(attempt: &Attempt) -> bool {
 /// [`Addr::embedded_v4`] as a function of its own: see [`find`]. Returns whether there is one.
 #[inline(never)]
 fn embedded(addr: &Addr, inner: &mut Addr) -> u32 {
-    match addr.embedded_v4() {
-        Some(found) => {
-            *inner = found;
-            1
-        }
-        None => 0,
-    }
+    let (word, found) = match addr.embedded_v4() {
+        Some(found) => (found.words[3], 1),
+        None => (0, 0),
+    };
+    *inner = Addr::from_v4_word(hide32(word));
+    hide32(found)
 }
 
 /// [`Addr::is_loopback`] as a function of its own: see [`find`].
 #[inline(never)]
 fn loopback(addr: &Addr) -> u32 {
-    addr.is_loopback() as u32
+    hide32(addr.is_loopback() as u32)
 }
 
 /// An allow for this once.
@@ -310,33 +311,36 @@ const fn asked(class: u8, port: u16) -> u64 {
     (class as u64) << 16 | port as u64
 }
 
-/// Finds the rule for an address, class and port. A function of its own with a plain result: what
-/// the verifier learned on one path through it does not multiply with what follows. The chain and
-/// each block are bounded, so that it can walk them.
+/// Finds the rule for an address, class and port. A function of its own, all of whose ways out
+/// look the same to the verifier. The chain and each block are bounded, so that it can walk them.
 #[inline(never)]
 fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
-    found.effect = NOTHING;
-    let Some(mut index) = rules.rule_set_for(space, addr) else {
-        return;
-    };
-    for _ in 0..SETS_PER_ADDRESS {
-        let Some(set) = rules.rule_set(index) else {
-            break;
-        };
-        let hit = matching(set, (asked >> 16) as i64, (asked & 0xffff) as i64);
-        if hit != 0 {
-            let rule = &set.rules[bit_number(hit)];
-            found.deadline = rule.deadline;
-            found.entry = rule.entry;
-            found.effect = rule.effect;
-            return;
+    let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
+    if let Some(mut index) = rules.rule_set_for(space, addr) {
+        effect = BROKEN;
+        for _ in 0..SETS_PER_ADDRESS {
+            let Some(set) = rules.rule_set(index) else {
+                break;
+            };
+            let hit = matching(set, (asked >> 16) as i64, (asked & 0xffff) as i64);
+            if hit != 0 {
+                // Masked again where the compiler cannot see that it need not be: the verifier of
+                // 6.1 cannot follow the arithmetic that bounds the number.
+                let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
+                let rule = &set.rules[at];
+                (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
+                break;
+            }
+            if set.next == 0 {
+                effect = NOTHING;
+                break;
+            }
+            index = hide32(set.next - 1);
         }
-        if set.next == 0 {
-            return;
-        }
-        index = set.next - 1;
     }
-    found.effect = BROKEN;
+    found.effect = hide8(effect);
+    found.entry = hide32(entry);
+    found.deadline = hide(deadline);
 }
 
 /// One bit for each rule of a block that matches: at most one is set, and never that of an unused
@@ -363,8 +367,7 @@ const _: () = assert!(
     "bits and masks around here are for eight rules"
 );
 
-/// Number of the one bit set, below 8 in a way that the verifier can see. (`trailing_zeros` becomes
-/// a table, whose values it cannot bound.)
+/// Number of the one bit set.
 #[inline(always)]
 const fn bit_number(bit: u64) -> usize {
     let odd = bit >> 1 | bit >> 3 | bit >> 5 | bit >> 7;

@@ -4,6 +4,7 @@
 use agent_ebpf::{
     abi::{Addr, Cause, Hook, UNREGISTERED, Verdict},
     decide::Attempt,
+    verifier::{hide_addr, hide8, hide16},
 };
 use aya_ebpf::{
     EbpfContext as _,
@@ -53,16 +54,17 @@ pub fn remit_connect6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
-    let addr = addr.effective();
+    let addr = hide_addr(addr.effective());
     // SAFETY: the context as the kernel gave it.
     let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
     // SAFETY: as above.
     let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
     let port = u16::from_be(port as u16);
     // MPTCP (262) does not fit a byte; its packets are TCP.
-    let protocol = if protocol == 262 { 6 } else { protocol as u8 };
+    let protocol = hide8(if protocol == 262 { 6 } else { protocol as u8 });
     // A ping socket's "port" is its identifier.
-    let port = if matches!(protocol, 1 | 58) { 0 } else { port };
+    let port = hide16(if matches!(protocol, 1 | 58) { 0 } else { port });
+    let protocol = hide8(protocol);
 
     // SAFETY: no arguments.
     let cgroup = unsafe { bpf_get_current_cgroup_id() };

@@ -7,6 +7,7 @@ use agent_ebpf::{
         Attempt,
         packet::{self, Bytes, Packet},
     },
+    verifier::{hide_addr, hide8, hide16, hide32},
 };
 use aya_ebpf::{
     EbpfContext as _,
@@ -60,8 +61,7 @@ impl Bytes for Paged<'_> {
     }
 }
 
-/// Reads the headers into `packet`; returns 0, or why they cannot be told. A function of its own,
-/// so that the paths through it do not multiply with what follows.
+/// Reads the headers into `packet`; returns 0, or why they cannot be told.
 #[inline(never)]
 fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
     // SAFETY: the context as the kernel gave it.
@@ -69,26 +69,31 @@ fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
     // SAFETY: as above.
     let end = unsafe { (&raw const (*ctx.skb.skb).data_end).read_volatile() } as usize;
     match packet::parse(&Linear { data, end }) {
-        Ok(read) => {
-            *packet = read;
-            packet.destination = packet.destination.effective();
-            0
-        }
         Err(Cause::ShortPacket) => read_paged(ctx, packet),
-        Err(cause) => cause as u32,
+        read => settle(read, packet),
     }
 }
 
 /// The same, slowly.
 #[inline(never)]
 fn read_paged(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
-    match packet::parse(&Paged(ctx)) {
+    settle(packet::parse(&Paged(ctx)), packet)
+}
+
+/// Hands out what was read so that it looks the same to the verifier for every kind of packet.
+#[inline(always)]
+fn settle(read: Result<Packet, Cause>, packet: &mut Packet) -> u32 {
+    match read {
         Ok(read) => {
-            *packet = read;
-            packet.destination = packet.destination.effective();
-            0
+            packet.source = hide_addr(read.source);
+            packet.destination = hide_addr(read.destination.effective());
+            packet.protocol = hide8(read.protocol);
+            packet.source_port = hide16(read.source_port);
+            packet.port = hide16(read.port);
+            packet.tcp_flags = hide8(read.tcp_flags);
+            hide32(0)
         }
-        Err(cause) => cause as u32,
+        Err(cause) => hide32(cause as u32),
     }
 }
 

@@ -16,10 +16,13 @@ use aya_ebpf::helpers::{
     generated::bpf_get_smp_processor_id,
 };
 
-use super::maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, event_rate};
+use super::maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, WAKES, event_rate};
 
-/// Never wake the reader: see the map.
+/// Flags of a record: do not wake the reader, or do.
 const BPF_RB_NO_WAKEUP: u64 = 1;
+const BPF_RB_FORCE_WAKEUP: u64 = 2;
+/// A CPU wakes the reader at most this often, in nanoseconds.
+const WAKE_NANOS: u64 = 1_000_000;
 
 /// Adds one to a word of a map value, whatever else runs on this CPU.
 #[inline(always)]
@@ -77,7 +80,7 @@ pub fn remember_owner(cookie: u64, connected: Option<(&Addr, u16)>) {
 pub fn report(event: &mut Event) {
     if fold(event) && within_budget(event.agent, event.time) {
         // A full ring drops the record; the counter below still tells.
-        let _dropped = EVENTS.output::<Event>(&*event, BPF_RB_NO_WAKEUP);
+        let _dropped = EVENTS.output::<Event>(&*event, wake(event.time));
     }
     let Some(counters) = COUNTERS.get_ptr_mut(event.agent) else {
         return;
@@ -94,6 +97,22 @@ pub fn report(event: &mut Event) {
         unsafe { (&raw mut (*counters).denied).cast::<u64>().add(reason) }
     };
     increment(word);
+}
+
+/// Whether a record submitted now wakes the reader, who wants to see a process before it is gone.
+#[inline(always)]
+fn wake(now: u64) -> u64 {
+    let Some(last) = WAKES.get_ptr_mut(0) else {
+        return BPF_RB_NO_WAKEUP;
+    };
+    // SAFETY: a checked map value of this CPU; interleaving costs a wake-up.
+    let before = unsafe { last.read_volatile() };
+    if now < before + WAKE_NANOS {
+        return BPF_RB_NO_WAKEUP;
+    }
+    // SAFETY: as above.
+    unsafe { last.write_volatile(now) };
+    BPF_RB_FORCE_WAKEUP
 }
 
 /// Finds or takes the fold slot of an event, fills in `fold`, `generation` and `seen`, and says

@@ -2,7 +2,10 @@
 //! cgroup among its ancestors. Levels count from the top of the hierarchy, so the first hit is the
 //! outermost. No claim means the pseudo-agent [`UNREGISTERED`].
 
-use agent_ebpf::abi::{MAX_LEVELS, UNREGISTERED};
+use agent_ebpf::{
+    abi::{MAX_LEVELS, UNREGISTERED},
+    verifier::hide32,
+};
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
     helpers::generated::{
@@ -15,6 +18,7 @@ use super::maps::CLAIMS;
 /// Walks the levels with `ancestor` until a claimed cgroup or the end.
 #[inline(always)]
 fn outermost(ancestor: impl Fn(i32) -> u64) -> u32 {
+    let mut found = UNREGISTERED;
     for level in 1..=MAX_LEVELS as i32 {
         let cgroup = ancestor(level);
         if cgroup == 0 {
@@ -22,10 +26,11 @@ fn outermost(ancestor: impl Fn(i32) -> u64) -> u32 {
         }
         // SAFETY: the value is a plain integer, copied at once.
         if let Some(agent) = unsafe { CLAIMS.get(cgroup) } {
-            return *agent;
+            found = *agent;
+            break;
         }
     }
-    UNREGISTERED
+    hide32(found)
 }
 
 /// The agent of the running task.

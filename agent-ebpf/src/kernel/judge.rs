@@ -6,6 +6,7 @@ use agent_ebpf::{
         ABI_VERSION, Answer, Cause, FINGERPRINT, Hook, LAYOUT_QUESTION, NO_ENTRY, Question, Reason,
     },
     decide::{Attempt, Decision, Peer, decide},
+    verifier::hide_addr,
 };
 use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
 
@@ -52,7 +53,7 @@ fn ask(question: &Question) -> Answer {
     let decision = match (row(word), Hook::from_byte(question.hook)) {
         (Some(row), Some(hook)) => {
             let attempt = Attempt {
-                addr: question.addr.effective(),
+                addr: hide_addr(question.addr.effective()),
                 port: question.port,
                 local_port: question.local_port,
                 protocol: question.protocol,

@@ -77,8 +77,13 @@ pub static OWNERS_MAP: LruHashMap<u64, Owner> = LruHashMap::with_max_entries(OWN
 #[btf_map(name = "tags")]
 pub static TAGS: SkStorage<Tag> = SkStorage::new();
 
-/// Records for the daemon. Always without a wake-up: it would cost 8 µs a denial, and the daemon
-/// drains every few milliseconds anyway.
+/// Boot time at which this CPU last woke the daemon.
+#[map(name = "wakes")]
+pub static WAKES: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// Records for the daemon. Each CPU wakes it at most once a millisecond, and always says which:
+/// a wake-up costs 8 µs, and one left to the kernel's judgement starves a reader that others do
+/// not wake. The daemon drains every few milliseconds anyway.
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
 

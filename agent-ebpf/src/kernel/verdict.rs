@@ -5,6 +5,7 @@
 use agent_ebpf::{
     abi::{AgentRow, Cause, Event, NO_ENTRY, Reason, Verdict},
     decide::{Attempt, Decision, decide},
+    verifier::{hide, hide8, hide32},
 };
 
 use super::maps::{FindPeer, Tables};
@@ -71,35 +72,29 @@ pub fn rule<P: FindPeer>(
     attempt: &Attempt,
     ruling: &mut Ruling,
 ) {
-    match decide(tables, row, attempt) {
+    let (verdict, reason, cause, entry, until, cacheable) = match decide(tables, row, attempt) {
         Decision::Allow {
             entry,
             until,
             cacheable,
-        } => {
-            ruling.verdict = ALLOW;
-            ruling.reason = 0;
-            ruling.cause = 0;
-            ruling.entry = entry;
-            ruling.until = until;
-            ruling.cacheable = cacheable as u8;
-        }
+        } => (ALLOW, 0, 0, entry, until, cacheable as u8),
         Decision::Monitor { reason, entry } => {
-            ruling.verdict = Verdict::Monitored as u8;
-            ruling.reason = reason as u8;
-            ruling.cause = 0;
-            ruling.entry = entry;
+            (Verdict::Monitored as u8, reason as u8, 0, entry, 0, 0)
         }
-        Decision::Deny { reason, entry } => {
-            ruling.verdict = Verdict::Denied as u8;
-            ruling.reason = reason as u8;
-            ruling.cause = 0;
-            ruling.entry = entry;
-        }
-        Decision::Fault(cause) => {
-            ruling.verdict = Verdict::Denied as u8;
-            ruling.reason = Reason::Fault as u8;
-            ruling.cause = cause as u8;
-        }
-    }
+        Decision::Deny { reason, entry } => (Verdict::Denied as u8, reason as u8, 0, entry, 0, 0),
+        Decision::Fault(cause) => (
+            Verdict::Denied as u8,
+            Reason::Fault as u8,
+            cause as u8,
+            NO_ENTRY,
+            0,
+            0,
+        ),
+    };
+    ruling.verdict = hide8(verdict);
+    ruling.reason = hide8(reason);
+    ruling.cause = hide8(cause);
+    ruling.entry = hide32(entry);
+    ruling.until = hide(until);
+    ruling.cacheable = hide8(cacheable);
 }

@@ -6,12 +6,12 @@
 //! read is thrown away and the process is `gone`.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::{self, File},
     io::{self, Read as _},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{
@@ -33,7 +33,14 @@ pub struct Processes {
     users: HashMap<u32, String>,
     /// When the users were read.
     stamp: Option<SystemTime>,
+    /// What was seen of late, newest last.
+    seen: VecDeque<(Instant, ProcessInfo)>,
 }
+
+/// Processes remembered, so that one which was read alive keeps its name when it is gone.
+const SEEN: usize = 256;
+/// How long. No id comes round so soon: the kernel hands them out in order.
+const SEEN_FOR: Duration = Duration::from_secs(5);
 
 impl Default for Processes {
     fn default() -> Self {
@@ -50,6 +57,7 @@ impl Processes {
             passwd: passwd.to_owned(),
             users: HashMap::new(),
             stamp: None,
+            seen: VecDeque::new(),
         }
     }
 
@@ -60,9 +68,37 @@ impl Processes {
         }
         let user = process.uid.and_then(|uid| self.user(uid));
         let process = ProcessInfo { user, ..process };
-        self.look(&process).unwrap_or(ProcessInfo {
-            gone: true,
-            ..process
+        match self.look(&process) {
+            Some(found) => {
+                self.remember(found.clone());
+                found
+            }
+            None => self.recall(&process).unwrap_or(ProcessInfo {
+                gone: true,
+                ..process
+            }),
+        }
+    }
+
+    fn remember(&mut self, process: ProcessInfo) {
+        self.seen.retain(|(_, known)| known.pid != process.pid);
+        self.seen.push_back((Instant::now(), process));
+        if self.seen.len() > SEEN {
+            self.seen.pop_front();
+        }
+    }
+
+    /// The process as it was when it was last seen alive. One that has executed something else
+    /// since has another name, and is not taken for it.
+    fn recall(&self, process: &ProcessInfo) -> Option<ProcessInfo> {
+        let (_, known) = self.seen.iter().rev().find(|(at, known)| {
+            at.elapsed() < SEEN_FOR
+                && known.pid == process.pid
+                && (process.name.is_empty() || known.name == process.name)
+        })?;
+        Some(ProcessInfo {
+            witness: process.witness,
+            ..known.clone()
         })
     }
 
@@ -296,6 +332,36 @@ mod tests {
     }
 
     #[test]
+    fn a_process_seen_alive_is_still_named_when_it_is_gone() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let record = || ProcessInfo::from_record(child.id(), b"sleep", None, Witness::Current);
+        let mut processes = Processes::default();
+        // Until it has executed: a fork still has our own name.
+        let alive = std::iter::repeat_with(|| processes.enrich(record()))
+            .find(|found| {
+                found
+                    .exe
+                    .as_deref()
+                    .is_some_and(|exe| exe.ends_with("sleep"))
+            })
+            .unwrap();
+        let (known, other) = (
+            record(),
+            ProcessInfo::from_record(child.id(), b"other", None, Witness::Current),
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(processes.enrich(known), alive);
+        assert!(
+            processes.enrich(other).gone,
+            "another name is another process"
+        );
+    }
+
+    #[test]
     fn a_process_that_ended_is_gone() {
         let (_dir, mut processes) = fake(&stat_of("x", "Z", 1, 4_711));
         for pid in [7, 8] {
@@ -323,7 +389,7 @@ mod tests {
         assert_eq!(processes.user(0).as_deref(), Some("root"));
         let passwd = dir.path().join("passwd");
         fs::write(&passwd, "toor:x:0:0::/:\n").unwrap();
-        let later = SystemTime::now() + std::time::Duration::from_secs(9);
+        let later = SystemTime::now() + Duration::from_secs(9);
         File::options()
             .append(true)
             .open(&passwd)

@@ -257,6 +257,11 @@ impl Core {
         }
     }
 
+    /// Becomes readable when there are records.
+    pub fn ring(&self) -> std::io::Result<std::os::fd::OwnedFd> {
+        self.enforcer.ring()
+    }
+
     /// Takes in records.
     pub fn drain(&mut self) {
         self.recorder.drain(&mut self.enforcer);

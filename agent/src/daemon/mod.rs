@@ -24,7 +24,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use inotify::{Inotify, WatchMask};
 use tokio::{
-    io::unix::AsyncFd,
+    io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
@@ -162,6 +162,10 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         core.selectors(),
     )?;
     let mut files = watch_files(&settings).map_err(system("watch the registry"))?;
+    let ring = core.ring().map_err(system("watch the ring"))?;
+    // SAFETY: an `OwnedFd` keeps its descriptor until it is dropped, with the `AsyncFd` around it.
+    let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
+        .map_err(|error| system("watch the ring")(error.into()))?;
     let mut due: Option<Instant> = None;
     let mut drain = interval(DRAIN_EVERY);
     drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -197,6 +201,12 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 if reloaded {
                     selectors = Some(core.selectors());
                 }
+            }
+            woken = ring.readable() => {
+                if let Ok(mut guard) = woken {
+                    guard.clear_ready();
+                }
+                core.drain();
             }
             _ = drain.tick() => core.drain(),
             _ = settle.tick() => {

@@ -7,6 +7,7 @@
 
 use std::{
     fs, io,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -17,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
 use super::{
@@ -182,6 +184,8 @@ impl Watch {
         let stop = Arc::new(AtomicBool::new(false));
         let (send, done) = mpsc::channel();
         let told = Arc::clone(&stop);
+        // Without it the thread still looks every few milliseconds.
+        let ring = enforcer.ring().ok();
         thread::spawn(move || {
             let mut settled = Instant::now();
             while !told.load(Ordering::Acquire) {
@@ -190,7 +194,7 @@ impl Watch {
                     recorder.settle(&mut enforcer);
                     settled = Instant::now();
                 }
-                thread::park_timeout(Duration::from_millis(5));
+                wait(ring.as_ref());
             }
             // Nobody is left who could add to the counters: what they say now is final. The ledger
             // settles what it has seen twice, a second apart.
@@ -219,6 +223,17 @@ impl Watch {
     }
 }
 
+/// Waits until a CPU says that there are records, or a few milliseconds.
+fn wait(ring: Option<&OwnedFd>) {
+    const PAUSE_MILLIS: u8 = 5;
+    let Some(ring) = ring else {
+        return thread::sleep(Duration::from_millis(PAUSE_MILLIS.into()));
+    };
+    let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
+    // A signal cuts it short, which is as well.
+    let _woken = poll(&mut fds, PollTimeout::from(PAUSE_MILLIS));
+}
+
 /// A name that no other run has: the agent, this process, and when it started, so that a later
 /// process with the same id is not taken for it. Without dots, which bpffs refuses.
 fn name(id: &str) -> io::Result<String> {
@@ -227,10 +242,12 @@ fn name(id: &str) -> io::Result<String> {
     Ok(format!("{}-{pid}-{started}", id.replace('.', "+")))
 }
 
-/// When a process started, in clock ticks since boot (field 22 of proc(5) stat).
+/// When a process started, in clock ticks since boot (field 22 of proc(5) stat). One that has died
+/// and is not yet reaped enforces nothing any more: it is as good as gone.
 fn started(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     stat.rsplit_once(')')
+        .filter(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
         .and_then(|(_, rest)| rest.split_whitespace().nth(19))
         .and_then(|field| field.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat"))

@@ -15,7 +15,10 @@ mod table;
 use std::{
     collections::HashMap,
     fs, io,
-    os::{fd::AsFd as _, unix::ffi::OsStrExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -320,6 +323,11 @@ impl Enforcer {
             return Err(OpenError::SelfTest("the judge gave no answer".to_owned()));
         }
         Ok(answer)
+    }
+
+    /// A descriptor that becomes readable when a CPU wakes the reader of the ring.
+    pub fn ring(&self) -> io::Result<OwnedFd> {
+        self.events.as_fd().try_clone_to_owned()
     }
 
     /// Takes up to `most` records out of the ring.

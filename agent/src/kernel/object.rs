@@ -74,7 +74,7 @@ struct Shape {
     entries: Option<u32>,
 }
 
-fn shapes(capacity: &Capacity) -> [Shape; 17] {
+fn shapes(capacity: &Capacity) -> [Shape; 18] {
     let map = |name, key, value, entries| Shape {
         name,
         key,
@@ -101,6 +101,7 @@ fn shapes(capacity: &Capacity) -> [Shape; 17] {
             value: size_of::<Tag>(),
             entries: None,
         },
+        map("wakes", 4, 8, 1),
         map("events", 0, 0, RING_BYTES),
         map("question", 4, size_of::<Question>(), 1),
         map("answer", 4, size_of::<Answer>(), 1),
