@@ -7,7 +7,7 @@ pub const RULES_PER_SET: usize = 8;
 pub const SETS_PER_ADDRESS: usize = 8;
 /// Ancestors looked at. `cgroup.max.depth` can be larger, but a selector this deep is refused.
 pub const MAX_LEVELS: u32 = 32;
-/// Slots of the per-CPU allow cache (a power of two): 72 KiB a CPU.
+/// Slots of the per-CPU allow cache (a power of two): 64 KiB a CPU.
 pub const CACHE_SLOTS: u32 = 1024;
 /// Slots of the per-CPU fold table (a power of two).
 pub const FOLD_SLOTS: u32 = 256;

@@ -19,7 +19,7 @@ const PAYLOAD: &[u8] = b"hello from the agent";
 /// Far above what loopback takes; a refusal does not come near it.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// The pause between two sends over the connection that is held.
-pub const BEAT: Duration = Duration::from_millis(50);
+const BEAT: Duration = Duration::from_millis(50);
 
 /// What `xtask demo-agent` takes.
 #[derive(Args)]
@@ -30,7 +30,7 @@ pub struct Options {
 
 #[derive(Subcommand)]
 enum What {
-    /// Try each destination once, for example tcp:127.0.0.1:80
+    /// Try each destination once, for example tcp:127.0.0.1:80, then wait for standard input to close
     Try { destinations: Vec<Destination> },
     /// Connect, then send until that fails or standard input closes
     Hold { destination: Destination },
@@ -85,8 +85,15 @@ impl FromStr for Destination {
     }
 }
 
+impl Destination {
+    /// As the log writes it for people.
+    pub fn words(&self) -> String {
+        format!("{} {}", self.protocol.word(), self.address)
+    }
+}
+
 /// The word for an attempt that got its answer.
-pub const ECHOED: &str = "echoed";
+pub const ECHOED: &str = "answered";
 /// The word for a connection that stands.
 pub const HOLDING: &str = "holding";
 
@@ -101,6 +108,8 @@ pub fn command(options: &Options) -> Result<ExitCode> {
                 };
                 say(&format!("{destination} {said}"))?;
             }
+            // Whoever reports a refusal can still look at this process.
+            let _ = io::stdin().read_to_end(&mut Vec::new());
         }
         What::Hold { destination } => hold(*destination)?,
     }

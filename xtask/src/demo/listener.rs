@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,21 +18,25 @@ use super::agent::{Destination, Protocol};
 /// An echo service on an address of its own. Its threads end with the demo's process.
 pub struct Listener {
     pub destination: Destination,
-    /// Whether the demo's registry entry grants it.
-    pub in_scope: bool,
+    /// Why it is refused; none if the demo's registry entry grants it.
+    pub refused: Option<&'static str>,
     bytes: Arc<AtomicU64>,
 }
 
 impl Listener {
-    /// Listens on `ip`, at a port that the kernel chooses.
-    pub fn start(protocol: Protocol, ip: IpAddr, in_scope: bool) -> Result<Self> {
+    /// Listens at `address`.
+    pub fn start(
+        protocol: Protocol,
+        address: SocketAddr,
+        refused: Option<&'static str>,
+    ) -> Result<Self> {
         let bytes = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&bytes);
-        let failed = || format!("cannot listen on {ip} for {}", protocol.word());
-        let address = match protocol {
+        let destination = Destination { protocol, address };
+        let failed = || format!("cannot listen at {destination}");
+        match protocol {
             Protocol::Tcp => {
-                let listener = TcpListener::bind((ip, 0)).with_context(failed)?;
-                let address = listener.local_addr().with_context(failed)?;
+                let listener = TcpListener::bind(address).with_context(failed)?;
                 thread::spawn(move || {
                     for stream in listener.incoming().flatten() {
                         let count = Arc::clone(&count);
@@ -41,11 +45,9 @@ impl Listener {
                         thread::spawn(move || echo(stream, &count));
                     }
                 });
-                address
             }
             Protocol::Udp => {
-                let socket = UdpSocket::bind((ip, 0)).with_context(failed)?;
-                let address = socket.local_addr().with_context(failed)?;
+                let socket = UdpSocket::bind(address).with_context(failed)?;
                 thread::spawn(move || {
                     let mut buffer = [0; 2048];
                     while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
@@ -54,12 +56,11 @@ impl Listener {
                         let _ = socket.send_to(buffer.get(..length).unwrap_or_default(), peer);
                     }
                 });
-                address
             }
-        };
+        }
         Ok(Self {
-            destination: Destination { protocol, address },
-            in_scope,
+            destination,
+            refused,
             bytes,
         })
     }

@@ -1,16 +1,20 @@
 //! `cargo xtask demo`: the main job before your eyes. A daemon on a cgroup of its own, an agent
 //! that reaches what its entry grants and is refused the rest, the record of the refusals, and an
 //! open connection that stops when the agent is suspended. Every outcome is checked.
+//!
+//! What is shown goes to stdout, what prepares it to stderr.
 
 mod agent;
 mod listener;
+#[path = "../../../tests/support/netlink.rs"]
+mod netlink;
 mod stage;
 
 use std::{
     env,
     io::{BufRead as _, BufReader},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::PathBuf,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitCode, Stdio},
     sync::mpsc,
     thread,
@@ -23,11 +27,25 @@ use nix::unistd::geteuid;
 
 pub use self::agent::{Options as AgentOptions, command as agent_command};
 use self::{
-    agent::{BEAT, Destination, ECHOED, HOLDING, Protocol},
+    agent::{Destination, ECHOED, HOLDING, Protocol},
     listener::Listener,
     stage::{AGENT, Stage, wait_for},
 };
 use crate::{build, talk, workspace::Workspace};
+
+/// What the demo's agent tries: a protocol, an address, and the reason why it is refused; none
+/// where its entry grants it. The addresses are those that are set aside for documentation.
+const TARGETS: [(Protocol, &str, Option<&str>); 9] = [
+    (Protocol::Tcp, "198.51.100.10:443", None),
+    (Protocol::Udp, "198.51.100.10:53", None),
+    (Protocol::Tcp, "[2001:db8:1::10]:443", None),
+    (Protocol::Udp, "[2001:db8:1::10]:53", None),
+    (Protocol::Tcp, "203.0.113.20:443", Some("out_of_scope")),
+    (Protocol::Udp, "203.0.113.20:53", Some("out_of_scope")),
+    (Protocol::Tcp, "[2001:db8:2::20]:443", Some("out_of_scope")),
+    (Protocol::Udp, "[2001:db8:2::20]:53", Some("out_of_scope")),
+    (Protocol::Tcp, "127.0.0.1:5432", Some("loopback_foreign")),
+];
 
 /// How a refused attempt must look to the program that made it.
 const REFUSED: &str = "EPERM";
@@ -35,8 +53,10 @@ const REFUSED: &str = "EPERM";
 const REPORTED: Duration = Duration::from_secs(8);
 /// The longest that a refused agent's process may take altogether.
 const AGENT_TIME: Duration = Duration::from_secs(60);
+/// How long data may flow before the agent is suspended.
+const FLOW: Duration = Duration::from_millis(500);
 /// What was on its way when the agent was suspended has arrived by then.
-const SETTLED: Duration = Duration::from_secs(1);
+const SETTLED: Duration = Duration::from_millis(300);
 /// How long nothing more may arrive.
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -80,191 +100,204 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
     }
     stage::catch_interrupts()?;
     let listeners = listeners()?;
-    let mut stage = Stage::set(&remit, &listeners)?;
+    let mut stage = Stage::set(&remit)?;
     let mut checks = Checks::default();
-    let shown = show(&mut stage, &listeners, own, &mut checks);
-    talk::step("cleaning up");
+    let shown = show(&mut stage, &listeners, &own, &mut checks);
     let left = stage.clear();
     checks.check("nothing is left behind", left.is_empty(), &left.join("; "));
     shown?;
     Ok(checks.summary())
 }
 
-/// One service for each combination: TCP and UDP, both families, in scope and out of it.
+/// A service for each target, in a network of the demo's own.
 fn listeners() -> Result<Vec<Listener>> {
-    let near = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 10));
-    let far = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 20));
-    // There is one loopback address in IPv6: what is out of scope there differs by its port.
-    let six = IpAddr::V6(Ipv6Addr::LOCALHOST);
-    let mut listeners = Vec::new();
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        for (ip, in_scope) in [(near, true), (far, false), (six, true), (six, false)] {
-            listeners.push(Listener::start(protocol, ip, in_scope)?);
-        }
+    let mut targets = Vec::new();
+    for (protocol, address, refused) in TARGETS {
+        let address: SocketAddr = address
+            .parse()
+            .with_context(|| format!("`{address}` is no address"))?;
+        targets.push((protocol, address, refused));
     }
-    Ok(listeners)
+    let mut addresses: Vec<IpAddr> = targets.iter().map(|(_, at, _)| at.ip()).collect();
+    addresses.sort();
+    addresses.dedup();
+    let lacking = stage::enter_network(&addresses)?;
+    if !lacking.is_empty() {
+        talk::note("this machine has no IPv6: shown for IPv4 only");
+    }
+    targets
+        .into_iter()
+        .filter(|(_, at, _)| !lacking.contains(&at.ip()))
+        .map(|(protocol, at, refused)| Listener::start(protocol, at, refused))
+        .collect()
 }
 
-fn show(
-    stage: &mut Stage,
-    listeners: &[Listener],
-    own: PathBuf,
-    checks: &mut Checks,
-) -> Result<()> {
-    talk::step("starting the daemon on a cgroup of its own");
+fn show(stage: &mut Stage, listeners: &[Listener], own: &Path, checks: &mut Checks) -> Result<()> {
+    let program = stage.install(own)?;
+    let scope = stage.register("active", listeners)?;
+    title("The registry entry of agent `demo` grants this, and nothing else:");
+    print!("{}", indented(&scope));
     stage.start_daemon()?;
-    talk::note("READY: programs attached, maps filled and read back");
 
-    talk::step("an agent tries what its entry grants, and what it does not");
+    title("`remit run --agent demo` starts it. It tries:");
     let all: Vec<_> = listeners
         .iter()
         .map(|listener| listener.destination)
         .collect();
-    let said = attempts(stage, &own, &all)?;
-    for listener in listeners {
-        let destination = listener.destination;
-        let got = said
-            .iter()
-            .find(|(to, _)| *to == destination)
-            .map_or("nothing", |(_, got)| got);
-        let (scope, wanted) = if listener.in_scope {
-            ("in scope", ECHOED)
+    let (agent, said) = attempts(stage, &program, &all)?;
+    for (listener, (to, got)) in listeners.iter().zip(&said) {
+        let words = to.words();
+        let seen = listener.seen();
+        if listener.refused.is_none() {
+            println!("    {words:<26} granted  {got}");
+            checks.check(&format!("{words} answers"), got == ECHOED, got);
         } else {
-            ("out of scope", REFUSED)
-        };
-        checks.check(
-            &format!("{destination}, {scope}: {wanted}"),
-            got == wanted,
-            got,
-        );
-        if !listener.in_scope {
-            let seen = listener.seen();
-            let what = format!("{destination} saw nothing of it");
+            let arrived = if seen == 0 {
+                "nothing arrived there"
+            } else {
+                "something arrived there"
+            };
+            println!("    {words:<26} refused  {got}, {arrived}");
+            checks.check(&format!("{words} is refused at once"), got == REFUSED, got);
+            let what = format!("nothing arrives at {words}");
             checks.check(&what, seen == 0, &format!("{seen} connections and bytes"));
         }
     }
 
-    talk::step("what the daemon recorded: remit tail");
+    title(
+        "What was recorded of it. `remit tail` prints when, who, where to, why and by which process:",
+    );
     let refused: Vec<_> = listeners
         .iter()
-        .filter(|listener| !listener.in_scope)
+        .filter_map(|listener| Some((listener.destination, listener.refused?)))
         .collect();
+    let lines = tail(stage, &refused)?;
+    drop(agent);
+    print!("{}", indented(&lines));
+    for (to, why) in refused {
+        let what = format!("a line says {why} of {}", to.words());
+        checks.check(&what, names(&lines, to, why), "no such line");
+    }
+
+    suspend(stage, listeners, &program, checks)
+}
+
+fn title(text: &str) {
+    println!("\n{text}\n");
+}
+
+fn indented(lines: &str) -> String {
+    lines
+        .lines()
+        .map(|line| match line {
+            "" => "\n".to_owned(),
+            line => format!("    {line}\n"),
+        })
+        .collect()
+}
+
+/// What `remit tail` prints once it tells of all `refused`, or after a while.
+fn tail(stage: &Stage, refused: &[(Destination, &str)]) -> Result<String> {
     let mut lines = String::new();
     wait_for(REPORTED, || {
         let output = stage.remit(&["tail"]).stdin(Stdio::null()).output()?;
         lines = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(refused
-            .iter()
-            .all(|listener| names(&lines, listener.destination)))
+        Ok(refused.iter().all(|(to, why)| names(&lines, *to, why)))
     })?;
-    for line in lines.lines() {
-        println!("    {line}");
-    }
-    for listener in refused {
-        let destination = listener.destination;
-        let what = format!("a line names {AGENT} and {destination}");
-        checks.check(&what, names(&lines, destination), "no such line");
-    }
-
-    suspend(stage, listeners, &own, checks)
+    Ok(lines)
 }
 
-/// Whether a line of `remit tail` tells of the agent's attempt to reach `to`.
-fn names(lines: &str, to: Destination) -> bool {
-    let (ip, port) = (to.address.ip().to_string(), to.address.port().to_string());
-    lines
-        .lines()
-        .any(|line| [AGENT, &ip, &port].iter().all(|word| line.contains(*word)))
+/// Whether a line of `remit tail` says that the agent was refused `to`, and `why`.
+fn names(lines: &str, to: Destination, why: &str) -> bool {
+    let words = format!(" DENIED {AGENT} {} {why} ", to.words());
+    lines.lines().any(|line| line.contains(&words))
 }
 
 /// Shows that an open connection carries nothing more once the agent is suspended.
 fn suspend(
     stage: &Stage,
     listeners: &[Listener],
-    own: &PathBuf,
+    program: &Path,
     checks: &mut Checks,
 ) -> Result<()> {
-    talk::step("the agent holds a connection open, and is suspended");
     let listener = listeners
         .iter()
-        .find(|listener| listener.in_scope && listener.destination.protocol == Protocol::Tcp)
+        .find(|one| one.refused.is_none() && one.destination.protocol == Protocol::Tcp)
         .context("no TCP listener is in scope")?;
     let to = listener.destination;
-    let mut agent = Agent::start(stage, own, &["hold", &to.to_string()])?;
+    title(&format!(
+        "The agent holds {} open and sends. Then its entry says state = \"suspended\":",
+        to.words()
+    ));
+    let mut agent = Agent::start(stage, program, &["hold", &to.to_string()])?;
     let first = agent.line(AGENT_TIME)?;
     ensure!(
         first == HOLDING,
         "the agent could not connect to {to}: it said `{first}`"
     );
     let before = listener.seen();
-    thread::sleep(BEAT * 10);
+    thread::sleep(FLOW);
     let flowed = listener.seen().saturating_sub(before);
-    checks.check(
-        "data flow over the open connection",
-        flowed > 0,
-        "none arrived",
-    );
+    println!("    before  {flowed} bytes arrive in {FLOW:?}");
+    checks.check("data flow over it", flowed > 0, "none arrived");
 
-    let knows = stage
-        .remit(&["suspend", "--help"])
-        .output()?
-        .status
-        .success();
-    let mut command = if knows {
-        stage.remit(&["suspend", AGENT, "--reason", "shown in the demo"])
-    } else {
-        stage.register("suspended", listeners)?;
-        stage.remit(&["reload"])
-    };
-    talk::note(if knows {
-        "remit suspend"
-    } else {
-        "state = \"suspended\", then remit reload"
-    });
-    let output = command
+    stage.register("suspended", listeners)?;
+    let output = stage
+        .remit(&["reload"])
         .stdin(Stdio::null())
         .output()
         .context("cannot run remit")?;
     let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    checks.check("the suspension is accepted", output.status.success(), &why);
+    checks.check("`remit reload` succeeds", output.status.success(), &why);
 
     thread::sleep(SETTLED);
     let settled = listener.seen();
     thread::sleep(QUIET);
     let more = listener.seen().saturating_sub(settled);
+    println!("    after   {more} bytes arrive in {QUIET:?}");
     checks.check(
-        "nothing more arrives over it",
+        "none flow after it",
         more == 0,
         &format!("{more} bytes did"),
     );
+    let suspended = [(to, "suspended")];
+    let lines = tail(stage, &suspended)?;
+    if let Some(line) = lines.lines().find(|line| names(line, to, "suspended")) {
+        println!("    {line}");
+    }
+    let told = names(&lines, to, "suspended");
+    checks.check("a line says that it was suspended", told, "no such line");
     drop(agent);
 
-    let said = attempts(stage, own, &[to])?;
+    let (agent, said) = attempts(stage, program, &[to])?;
+    drop(agent);
     let got = said.first().map_or("nothing", |(_, got)| got);
-    checks.check(&format!("{to}, suspended: {REFUSED}"), got == REFUSED, got);
+    println!("    anew    {} {got}", to.words());
+    checks.check("a new connection is refused", got == REFUSED, got);
     Ok(())
 }
 
-/// Lets the agent try `destinations`; what it got for each.
+/// Lets the agent try `destinations`; what it got for each. The agent stays until it is dropped.
 fn attempts(
     stage: &Stage,
-    own: &PathBuf,
+    program: &Path,
     destinations: &[Destination],
-) -> Result<Vec<(Destination, String)>> {
+) -> Result<(Agent, Vec<(Destination, String)>)> {
     let texts: Vec<_> = destinations.iter().map(Destination::to_string).collect();
     let mut arguments = vec!["try"];
     arguments.extend(texts.iter().map(String::as_str));
-    let mut agent = Agent::start(stage, own, &arguments)?;
+    let mut agent = Agent::start(stage, program, &arguments)?;
     let mut said = Vec::new();
-    for _ in destinations {
+    for expected in destinations {
         let line = agent.line(AGENT_TIME)?;
         let (to, got) = line
             .split_once(' ')
             .with_context(|| format!("the agent said `{line}`"))?;
-        println!("    {to:<24} {got}");
-        said.push((to.parse()?, got.to_owned()));
+        let to: Destination = to.parse()?;
+        ensure!(to == *expected, "the agent said `{line}` of {expected}");
+        said.push((to, got.to_owned()));
     }
-    Ok(said)
+    Ok((agent, said))
 }
 
 /// The sample agent under `remit run`. Its end is the end of its standard input: that reaches it
@@ -276,9 +309,13 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(stage: &Stage, own: &PathBuf, arguments: &[&str]) -> Result<Self> {
+    fn start(stage: &Stage, program: &Path, arguments: &[&str]) -> Result<Self> {
         let mut command = stage.remit(&["run", "--agent", AGENT]);
-        command.arg("--").arg(own).arg("demo-agent").args(arguments);
+        command
+            .arg("--")
+            .arg(program)
+            .arg("demo-agent")
+            .args(arguments);
         let mut run = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -344,9 +381,7 @@ impl Checks {
     fn check(&mut self, promise: &str, holds: bool, instead: &str) {
         if holds {
             self.kept += 1;
-            println!("    ok      {promise}");
         } else {
-            println!("    BROKEN  {promise}: {instead}");
             self.broken.push(format!("{promise}: {instead}"));
         }
     }

@@ -1,10 +1,12 @@
-//! What the demo stands on: a folder, a bpffs and a cgroup of its own, and a daemon that knows
-//! nothing else. All of it is gone afterwards, whatever happened in between.
+//! What the demo stands on: a network, a folder, a bpffs and a cgroup of its own, and a daemon that
+//! knows nothing else. All of it is gone afterwards, whatever happened in between.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::ErrorKind,
-    os::unix::net::UnixDatagram,
+    net::IpAddr,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -15,12 +17,16 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
     sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction},
     unistd::Pid,
 };
 use tempfile::TempDir;
 
-use super::listener::Listener;
+use super::{
+    listener::Listener,
+    netlink::{LO, add_address, link_up},
+};
 use crate::talk;
 
 /// How long the daemon may take to load, attach and read back.
@@ -69,6 +75,33 @@ pub fn wait_for(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Resu
     }
 }
 
+/// Enters a network of the demo's own: only `lo`, with `addresses` on it. Outside 127.0.0.0/8 and
+/// ::1 they are as good as remote to Remit, and nothing can leave the machine. Mounts are the
+/// demo's own, too: the last process in here takes them along. Returns the addresses that this
+/// machine cannot have, for want of IPv6.
+pub fn enter_network(addresses: &[IpAddr]) -> Result<Vec<IpAddr>> {
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+        .context("cannot enter new network and mount namespaces")?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .context("cannot make mounts private")?;
+    link_up(LO).context("cannot bring lo up")?;
+    let mut lacking = Vec::new();
+    for ip in addresses.iter().filter(|ip| !ip.is_loopback()) {
+        let length = if ip.is_ipv4() { 32 } else { 128 };
+        match add_address(LO, *ip, length) {
+            Err(_) if ip.is_ipv6() => lacking.push(*ip),
+            added => added.with_context(|| format!("cannot add {ip} to lo"))?,
+        }
+    }
+    Ok(lacking)
+}
+
 /// Everything the demo has made on this machine.
 pub struct Stage {
     folder: TempDir,
@@ -82,7 +115,7 @@ pub struct Stage {
 
 impl Stage {
     /// Makes the folder, the bpffs and the configuration. `remit` is the program to show.
-    pub fn set(remit: &Path, listeners: &[Listener]) -> Result<Self> {
+    pub fn set(remit: &Path) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("remit-demo-")
             .tempdir()
@@ -111,7 +144,6 @@ impl Stage {
         stage.mounted = true;
         stage.write("remit.toml", &stage.settings())?;
         stage.write("floor.toml", "schema = 1\n")?;
-        stage.register("active", listeners)?;
         Ok(stage)
     }
 
@@ -148,10 +180,27 @@ enabled = false
         )
     }
 
-    /// Writes the agent's registry entry: exactly the listeners in scope, nothing else.
-    pub fn register(&self, state: &str, listeners: &[Listener]) -> Result<()> {
+    /// Writes the agent's registry entry: exactly the listeners in scope, nothing else. Returns the
+    /// part about its scope.
+    pub fn register(&self, state: &str, listeners: &[Listener]) -> Result<String> {
         let slice = &self.slice;
-        let mut entry = format!(
+        let mut grants: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+        for listener in listeners.iter().filter(|one| one.refused.is_none()) {
+            let to = listener.destination;
+            let port = format!("\"{}/{}\"", to.address.port(), to.protocol.word());
+            grants.entry(to.address.ip()).or_default().push(port);
+        }
+        let scope: Vec<_> = grants
+            .iter()
+            .map(|(ip, ports)| {
+                format!(
+                    "[[scope.allow]]\nto = \"{ip}\"\nports = [{}]\n",
+                    ports.join(", ")
+                )
+            })
+            .collect();
+        let scope = scope.join("\n");
+        let entry = format!(
             r#"schema = 1
 
 [agent]
@@ -168,20 +217,21 @@ expires = 2099-12-31T00:00:00Z
 [selector]
 cgroup = ["{slice}/{AGENT}.service"]
 
-[scope]
-loopback = "none"    # only what is granted below, though all of it is on this machine
-"#
+{scope}"#
         );
-        for listener in listeners.iter().filter(|listener| listener.in_scope) {
-            let destination = listener.destination;
-            entry.push_str(&format!(
-                "\n[[scope.allow]]\nto = \"{}\"\nports = [\"{}/{}\"]\n",
-                destination.address.ip(),
-                destination.address.port(),
-                destination.protocol.word(),
-            ));
-        }
-        self.write(&format!("agents.d/{AGENT}.toml"), &entry)
+        self.write(&format!("agents.d/{AGENT}.toml"), &entry)?;
+        Ok(scope)
+    }
+
+    /// Puts the sample agent's program, a copy of `own`, where every user can execute it.
+    pub fn install(&self, own: &Path) -> Result<PathBuf> {
+        let program = self.path("agent");
+        let failed = || format!("cannot copy {} to {}", own.display(), program.display());
+        fs::copy(own, &program).with_context(failed)?;
+        // The daemon's own folders below stay its own.
+        fs::set_permissions(self.folder.path(), fs::Permissions::from_mode(0o711))
+            .with_context(failed)?;
+        Ok(program)
     }
 
     /// `remit SUBCOMMAND --config …`, ready for more arguments.
