@@ -35,17 +35,21 @@ fn slot(question: &Question<'_>) -> Option<*mut Slot> {
 }
 
 macro_rules! get {
-    ($slot:ident . $($field:tt)+) => {
-        // SAFETY: a checked map value; volatile, for a softirq on this CPU may write it meanwhile.
-        unsafe { (&raw const (*$slot).$($field)+).read_volatile() }
-    };
+    ($slot:ident . $($field:tt)+) => {{
+        // SAFETY: a checked map value; nothing is read yet.
+        let place = unsafe { &raw const (*$slot).$($field)+ };
+        // SAFETY: a field of it; volatile, for a softirq on this CPU may write it meanwhile.
+        unsafe { place.read_volatile() }
+    }};
 }
 
 macro_rules! set {
-    ($slot:ident . $field:ident = $value:expr) => {
-        // SAFETY: a checked map value of this CPU; see `get`.
-        unsafe { (&raw mut (*$slot).$field).write_volatile($value) }
-    };
+    ($slot:ident . $field:ident = $value:expr) => {{
+        // SAFETY: a checked map value of this CPU; nothing is written yet.
+        let place = unsafe { &raw mut (*$slot).$field };
+        // SAFETY: a field of it; see `get`.
+        unsafe { place.write_volatile($value) }
+    }};
 }
 
 /// The agent that may, if the cache knows.

@@ -26,8 +26,7 @@ const REFUSE: i32 = 0;
 /// IPv4.
 #[cgroup_sock_addr(connect4)]
 pub fn remit_connect4(ctx: SockAddrContext) -> i32 {
-    // SAFETY: the context as the kernel gave it.
-    let word = unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() };
+    let word = field!(ctx.sock_addr, user_ip4);
     judge(&ctx, Addr::from_v4_word(word), Hook::Connect4)
 }
 
@@ -35,14 +34,10 @@ pub fn remit_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn remit_connect6(ctx: SockAddrContext) -> i32 {
     // One word at a time: the verifier refuses a copy of, or a loop over, context memory.
-    // SAFETY: the context as the kernel gave it.
-    let a = unsafe { (&raw const (*ctx.sock_addr).user_ip6[0]).read_volatile() };
-    // SAFETY: as above.
-    let b = unsafe { (&raw const (*ctx.sock_addr).user_ip6[1]).read_volatile() };
-    // SAFETY: as above.
-    let c = unsafe { (&raw const (*ctx.sock_addr).user_ip6[2]).read_volatile() };
-    // SAFETY: as above.
-    let d = unsafe { (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile() };
+    let a = field!(ctx.sock_addr, user_ip6[0]);
+    let b = field!(ctx.sock_addr, user_ip6[1]);
+    let c = field!(ctx.sock_addr, user_ip6[2]);
+    let d = field!(ctx.sock_addr, user_ip6[3]);
     judge(
         &ctx,
         Addr {
@@ -55,10 +50,8 @@ pub fn remit_connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
     let addr = hide_addr(addr.effective());
-    // SAFETY: the context as the kernel gave it.
-    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
-    // SAFETY: as above.
-    let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
+    let port = field!(ctx.sock_addr, user_port);
+    let protocol = field!(ctx.sock_addr, protocol);
     let port = u16::from_be(port as u16);
     // MPTCP (262) does not fit a byte; its packets are TCP.
     let protocol = hide8(if protocol == 262 { 6 } else { protocol as u8 });

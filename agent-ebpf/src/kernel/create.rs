@@ -20,12 +20,9 @@ const REFUSE: i32 = 0;
 /// `cgroup/sock_create`.
 #[cgroup_sock(sock_create)]
 pub fn remit_create(ctx: SockContext) -> i32 {
-    // SAFETY: the context as the kernel gave it.
-    let kind = unsafe { (&raw const (*ctx.sock).type_).read_volatile() };
-    // SAFETY: as above.
-    let protocol = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() };
-    // SAFETY: as above.
-    let family = unsafe { (&raw const (*ctx.sock).family).read_volatile() };
+    let kind = field!(ctx.sock, type_);
+    let protocol = field!(ctx.sock, protocol);
+    let family = field!(ctx.sock, family);
     // SAFETY: as above.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
 

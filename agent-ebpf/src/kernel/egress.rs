@@ -64,10 +64,8 @@ impl Bytes for Paged<'_> {
 /// Reads the headers into `packet`; returns 0, or why they cannot be told.
 #[inline(never)]
 fn read(ctx: &SkBuffContext, packet: &mut Packet) -> u32 {
-    // SAFETY: the context as the kernel gave it.
-    let data = unsafe { (&raw const (*ctx.skb.skb).data).read_volatile() } as usize;
-    // SAFETY: as above.
-    let end = unsafe { (&raw const (*ctx.skb.skb).data_end).read_volatile() } as usize;
+    let data = field!(ctx.skb.skb, data) as usize;
+    let end = field!(ctx.skb.skb, data_end) as usize;
     match packet::parse(&Linear { data, end }, packet) {
         Err(Cause::ShortPacket) => read_paged(ctx, packet),
         read => settle(read, packet),

@@ -98,13 +98,16 @@ pub fn report(event: &mut Event) {
     if reason >= REASONS {
         return;
     }
-    let word = if event.verdict == Verdict::Monitored as u8 {
-        // SAFETY: within the array by the check above.
-        unsafe { (&raw mut (*counters).monitored).cast::<u64>().add(reason) }
+    let first = if event.verdict == Verdict::Monitored as u8 {
+        // SAFETY: a field of a checked map value; nothing is read.
+        unsafe { &raw mut (*counters).monitored }
     } else {
-        // SAFETY: within the array by the check above.
-        unsafe { (&raw mut (*counters).denied).cast::<u64>().add(reason) }
-    };
+        // SAFETY: as above.
+        unsafe { &raw mut (*counters).denied }
+    }
+    .cast::<u64>();
+    // SAFETY: within the array by the check above.
+    let word = unsafe { first.add(reason) };
     increment(word);
 }
 

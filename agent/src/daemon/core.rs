@@ -316,7 +316,7 @@ impl Core {
                 self.problems.remove("reload");
             }
             Err(why) => {
-                error!(message = "The registry was not changed.", why);
+                error!(message = "The reload failed.", why);
                 self.problems
                     .insert("reload", format!("the last reload failed: {why}"));
                 let revision = self.force.revision;
@@ -349,17 +349,25 @@ impl Core {
             .enforcer
             .apply(images)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        let selectors = selectors(&next, &self.enforcer).map_err(|error| error.to_string())?;
         self.force = next;
-        self.selectors = Arc::new(selectors);
+        let followed = self.follow(&changed);
+        self.decide_loaded();
+        followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
+        Ok(changed)
+    }
+
+    /// What goes with new tables: whose records they are, which cgroups they claim, and whether the
+    /// kernel understands them as memory does.
+    fn follow(&mut self, changed: &[String]) -> Result<(), String> {
         self.recorder
             .learn(&self.enforcer, self.force.revision, all(&self.force));
+        let selectors =
+            selectors(&self.force, &self.enforcer).map_err(|error| error.to_string())?;
+        self.selectors = Arc::new(selectors);
         self.attribute()
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.self_test(Some(&changed))
-            .map_err(|why| format!("self-test: {why}"))?;
-        self.decide_loaded();
-        Ok(changed)
+        self.self_test(Some(changed))
+            .map_err(|why| format!("the self-test fails: {why}"))
     }
 
     /// Compares the kernel's verdict with memory's, for these agents or for all.
