@@ -76,6 +76,7 @@ fn help_lists_every_command() {
 }
 
 const COMMANDS: &[&str] = &[
+    "daemon",
     "run",
     "check",
     "explain",

@@ -251,12 +251,11 @@ fn the_user_can_not_leave_the_cgroup() {
     assert!(text.contains(&format!("0::{}", sandbox.path)), "{text}");
 }
 
-const INSIDE: &str = "launch::tests::inside_the_terminal_types_nothing";
+/// Set for the inner half of the test below, which runs itself as the command.
+const INSIDE: &str = "REMIT_TEST_INSIDE_TERMINAL";
 
-/// The inner half of the test below, run as the command.
-#[test]
-#[ignore = "started by another test, inside the fence"]
-fn inside_the_terminal_types_nothing() {
+/// What the command finds.
+fn assert_typing_is_refused() {
     let ioctl = |request: libc::c_ulong| {
         // SAFETY: no descriptor -1 is open, so the kernel never looks at the argument.
         unsafe { libc::syscall(libc::SYS_ioctl, -1, request, 0) };
@@ -269,12 +268,16 @@ fn inside_the_terminal_types_nothing() {
 
 #[test]
 fn the_command_can_not_type_into_a_shared_terminal() {
+    if std::env::var_os(INSIDE).is_some() {
+        return assert_typing_is_refused();
+    }
     let Some(sandbox) = Sandbox::new("terminal") else {
         return;
     };
     let exe = std::env::current_exe().unwrap();
     let inner = format!(
-        "'{}' --exact {INSIDE} --ignored >/dev/null 2>&1",
+        "{INSIDE}=1 '{}' --exact launch::tests::the_command_can_not_type_into_a_shared_terminal \
+         >/dev/null 2>&1",
         exe.display()
     );
     // The user may not be able to read the build's directory; that there is a filter must do.
