@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 
+use anyhow::Context as _;
 use tracing_subscriber::EnvFilter;
 
 use super::{
@@ -38,6 +39,19 @@ enum KernelLog {
     Trace,
 }
 
+impl KernelLog {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
 pub(super) fn run(global: &Global, arguments: &Arguments) -> Result {
     let settings = global.settings()?;
     if arguments.detach_all {
@@ -54,6 +68,15 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> Result {
         return Ok(Outcome::Yes);
     }
     let filter = EnvFilter::try_from_env("REMIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // The programs' lines come under the name of their crate.
+    let filter = match arguments.kernel_log {
+        KernelLog::Off => filter,
+        level => filter.add_directive(
+            format!("agent_ebpf={}", level.name())
+                .parse()
+                .context("cannot filter the programs' log")?,
+        ),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
