@@ -40,6 +40,19 @@ pub fn cases() -> Vec<Case> {
             fx.refused(&mut actor, Way::Tcp, Family::V4, to, &how)?;
             fx.reconcile("alpha")
         }),
+        Case::new("daemon::tells_what_its_programs_say", |ctx| {
+            let mut fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
+            fx.daemon.terminate()?;
+            fx.daemon.restart_with(&["--kernel-log", "debug"])?;
+            let mut actor = fx.actor("alpha")?;
+            let how = Refusal::of("alpha", "out_of_scope");
+            let to = Family::V4.pick(OUT_V4, OUT_V6, 443)?;
+            fx.refused(&mut actor, Way::Tcp, Family::V4, to, &how)?;
+            eventually(3, || {
+                let said = std::fs::read_to_string(fx.place().at("daemon.err"))?;
+                claim(said.contains("agent_ebpf::kernel::connect"), || said)
+            })
+        }),
         Case::new("daemon::ended_in_order_it_leaves_the_fence", |ctx| {
             let mut fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
             let mut actor = fx.actor("alpha")?;

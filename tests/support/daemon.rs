@@ -140,6 +140,11 @@ impl Daemon {
 
     /// Starts it again after [`Self::kill`] or [`Self::terminate`].
     pub fn restart(&mut self) -> Result<()> {
+        self.restart_with(&[])
+    }
+
+    /// The same with further arguments.
+    pub fn restart_with(&mut self, further: &[&str]) -> Result<()> {
         let notify = self.place.at("notify");
         drop(fs::remove_file(&notify));
         let ready = UnixDatagram::bind(&notify)?;
@@ -148,6 +153,7 @@ impl Daemon {
         let child = self
             .place
             .command(&["daemon"])?
+            .args(further)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(File::options().create(true).append(true).open(&err)?)
