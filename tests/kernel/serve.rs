@@ -28,7 +28,7 @@ fn places(family: Family) -> Result<(SocketAddr, SocketAddr, SocketAddr)> {
     ))
 }
 
-/// Kernels before 6.18 do not show the hook an IPv6 SYN-ACK: the other client believes itself
+/// 6.1 does not show the hook an IPv6 SYN-ACK (6.12 does): the other client believes itself
 /// connected. It must not get anything that the agent says.
 fn only_shakes_hands(
     fx: &mut Fixture,
