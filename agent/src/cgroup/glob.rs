@@ -374,10 +374,9 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root and cgroup v2"]
     fn a_survey_finds_outermost_claims_and_enters_none_of_them() {
-        let Some(sandbox) = Sandbox::new("survey") else {
-            return;
-        };
+        let sandbox = Sandbox::new("survey");
         for name in ["a/b", "x/b/c", "ab", "unclaimed/deep/er/b"] {
             let path = format!("{}/{name}", sandbox.path);
             sandbox.hierarchy.create(&path.parse().unwrap()).unwrap();

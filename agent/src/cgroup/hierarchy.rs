@@ -349,10 +349,9 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root and cgroup v2"]
     fn create_reports_what_it_made_and_remove_takes_it_away() {
-        let Some(sandbox) = Sandbox::new("create") else {
-            return;
-        };
+        let sandbox = Sandbox::new("create");
         let hierarchy = &sandbox.hierarchy;
         let leaf = sandbox.child("a").child("b").unwrap();
         let created = hierarchy.create(&leaf).unwrap();
@@ -372,10 +371,9 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root and cgroup v2"]
     fn names_that_are_not_utf8_are_removed_too() {
-        let Some(sandbox) = Sandbox::new("bytes") else {
-            return;
-        };
+        let sandbox = Sandbox::new("bytes");
         let odd = sandbox.path.child(OsStr::from_bytes(b"\xff x")).unwrap();
         sandbox.hierarchy.create(&odd).unwrap();
         assert!(
@@ -389,10 +387,9 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs root and cgroup v2"]
     fn processes_are_found_below_and_keep_their_cgroup_from_removal() {
-        let Some(sandbox) = Sandbox::new("procs") else {
-            return;
-        };
+        let sandbox = Sandbox::new("procs");
         let (hierarchy, leaf) = (&sandbox.hierarchy, sandbox.child("leaf"));
         hierarchy.create(&leaf).unwrap();
         let mut sleeper = process::Command::new("sleep").arg("60").spawn().unwrap();
