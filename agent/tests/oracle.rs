@@ -27,10 +27,7 @@ const SCOPES: u32 = 3_000;
 const QUESTIONS: usize = 24;
 /// 2026-10-01T00:00:00Z.
 const NOW: i64 = 1_790_812_800_000;
-const CLOCK: Clock = Clock {
-    boot_now_ns: 1 << 60,
-    wall_now_ms: NOW,
-};
+const CLOCK: Clock = Clock::at(1 << 60, NOW);
 
 // === the universe ===
 

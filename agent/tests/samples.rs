@@ -37,10 +37,7 @@ fn source(path: &Path, kind: SourceKind) -> Source {
 }
 
 fn ask(agent: &AgentTables, to: &str, port: u16, protocol: u8) -> (Outcome, String) {
-    let clock = Clock {
-        boot_now_ns: 1_000_000_000_000,
-        wall_now_ms: NOW,
-    };
+    let clock = Clock::at(1_000_000_000_000, NOW);
     let question = Question::to(to.parse::<IpAddr>().unwrap(), port, protocol);
     let answer = explain(agent, &question, &clock);
     let entry = answer.entry.map(|entry| entry.name);

@@ -57,10 +57,10 @@ pub(super) fn clock() -> Result<Clock> {
     let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).context("cannot read the boot clock")?;
     let seconds = u64::try_from(boot.tv_sec()).unwrap_or(0);
     let nanos = u64::try_from(boot.tv_nsec()).unwrap_or(0);
-    Ok(Clock {
-        boot_now_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
-        wall_now_ms: jiff::Timestamp::now().as_millisecond(),
-    })
+    Ok(Clock::at(
+        seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
+        jiff::Timestamp::now().as_millisecond(),
+    ))
 }
 
 // === impl Compiled ===

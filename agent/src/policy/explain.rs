@@ -278,10 +278,7 @@ mod tests {
         *,
     };
 
-    const CLOCK: Clock = Clock {
-        boot_now_ns: 1 << 40,
-        wall_now_ms: 1_790_812_800_000,
-    };
+    const CLOCK: Clock = Clock::at(1 << 40, 1_790_812_800_000);
 
     fn compiled(state: &str, scope: &str) -> Compilation {
         let text = format!(

@@ -167,10 +167,7 @@ mod tests {
 
     use super::*;
 
-    const CLOCK: Clock = Clock {
-        boot_now_ns: 1,
-        wall_now_ms: 0,
-    };
+    const CLOCK: Clock = Clock::at(1, 0);
 
     fn rules(count: u16) -> Vec<TimedRule> {
         let rule = |port| TimedRule {

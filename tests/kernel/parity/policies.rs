@@ -352,8 +352,5 @@ fn source(path: &str, text: String, kind: SourceKind) -> Source {
 /// Both clocks, now.
 pub fn clock_now() -> Result<Clock> {
     let wall = SystemTime::now().duration_since(UNIX_EPOCH)?;
-    Ok(Clock {
-        boot_now_ns: boot_nanos(),
-        wall_now_ms: i64::try_from(wall.as_millis())?,
-    })
+    Ok(Clock::at(boot_nanos(), i64::try_from(wall.as_millis())?))
 }
