@@ -11,6 +11,7 @@
 
 mod answers;
 mod core;
+mod files;
 mod force;
 mod lock;
 mod recorder;
@@ -22,16 +23,15 @@ mod time;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use inotify::{Inotify, WatchMask};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval},
 };
 use tracing::{info, warn};
 
-use self::{core::Core, settings::Settings};
+use self::{core::Core, files::Files, settings::Settings};
 use crate::{
     audit::LogError,
     cgroup::{self, Watcher},
@@ -136,8 +136,6 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
 
 const DRAIN_EVERY: Duration = Duration::from_millis(5);
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
-/// Registry files change in bursts; they are read once they have been quiet this long.
-const QUIET: Duration = Duration::from_millis(200);
 
 async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> {
     let system = |what| move |source| DaemonError::System { what, source };
@@ -161,12 +159,11 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         core.roots().to_vec(),
         core.selectors(),
     )?;
-    let mut files = watch_files(&settings).map_err(system("watch the registry"))?;
+    let mut files = Files::watch(&settings.paths).map_err(system("watch the registry"))?;
     let ring = core.ring().map_err(system("watch the ring"))?;
     // SAFETY: an `OwnedFd` keeps its descriptor until it is dropped, with the `AsyncFd` around it.
     let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
         .map_err(|error| system("watch the ring")(error.into()))?;
-    let mut due: Option<Instant> = None;
     let mut drain = interval(DRAIN_EVERY);
     drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut settle = interval(SETTLE_EVERY);
@@ -214,27 +211,24 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     selectors = Some(core.selectors());
                 }
             }
-            _ = reconcile.tick() => core.survey(),
+            _ = reconcile.tick() => {
+                core.survey();
+                if files.differ() {
+                    files.read();
+                    // What came of it is in the log and in `status`.
+                    drop(core.reload());
+                    selectors = Some(core.selectors());
+                }
+            }
             _ = hang_up.recv() => {
+                files.read();
                 // What came of it is in the log and in `status`.
                 drop(core.reload());
                 selectors = Some(core.selectors());
             }
             _ = reopen.recv() => core.reopen_logs(),
-            changed = files.readable_mut() => {
-                if let Ok(mut guard) = changed {
-                    // That something changed is all there is to know; which file is found anew.
-                    while guard
-                        .get_inner_mut()
-                        .read_events(&mut [0; 4096])
-                        .is_ok_and(|mut events| events.next().is_some())
-                    {}
-                    guard.clear_ready();
-                }
-                due = Some(Instant::now() + QUIET);
-            }
-            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                due = None;
+            () = files.changed() => {
+                files.read();
                 // What came of it is in the log and in `status`.
                 drop(core.reload());
                 selectors = Some(core.selectors());
@@ -256,31 +250,3 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
 
 /// The group that may read the control socket.
 const READERS: &str = "remit";
-
-/// Watches the folders of the registry. A folder that is not there is watched for by its parent.
-fn watch_files(settings: &Settings) -> io::Result<AsyncFd<Inotify>> {
-    let inotify = Inotify::init()?;
-    let mask = WatchMask::CLOSE_WRITE
-        | WatchMask::MOVED_TO
-        | WatchMask::MOVED_FROM
-        | WatchMask::DELETE
-        | WatchMask::ATTRIB;
-    let folders = std::iter::once(&settings.paths.registry).chain(&settings.paths.sets);
-    for folder in folders {
-        match inotify.watches().add(folder, mask) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    // The floor is one file, which editors replace: its folder is watched.
-    if let Some(folder) = settings.paths.floor.parent()
-        && folder.is_dir()
-    {
-        inotify.watches().add(folder, mask)?;
-    }
-    // SAFETY: the descriptor lives in the `Inotify` that is handed over, and nothing closes or
-    // replaces it before the `AsyncFd` around it is dropped.
-    let registered = unsafe { AsyncFd::register(inotify) };
-    Ok(registered?)
-}
