@@ -7,6 +7,7 @@ use tracing::{error, info, warn};
 use super::{
     DaemonError, Options,
     force::{self, Force, Unusable},
+    lock::RootLock,
     recorder::{Recorder, Sink},
     registry, selftest,
     settings::{CgroupMount, Containment, Settings},
@@ -34,6 +35,7 @@ pub struct Core {
     selectors: Arc<Selectors>,
     audit: Log,
     adopted: bool,
+    locks: Vec<RootLock>,
 }
 
 /// The v2 mount that the settings name or that mountinfo has.
@@ -96,15 +98,19 @@ impl Core {
             events_per_second: settings.log.per_agent_rate,
         };
         let capacity = capacity(settings, &images);
-        let mut enforcer =
-            Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
-        let adopted = enforcer.born_before_us();
         let mut roots = Vec::new();
         for root in &enforcement.roots {
             let path = CgroupPath::new(root).map_err(|why| DaemonError::Root(root.clone(), why))?;
             hierarchy.create(&path)?;
             roots.push(path);
         }
+        let mut locks = Vec::new();
+        for root in &roots {
+            locks.push(RootLock::take(&hierarchy, root, &roots)?);
+        }
+        let mut enforcer =
+            Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
+        let adopted = enforcer.born_before_us();
         enforcer.apply(images)?;
 
         let limits = Limits {
@@ -141,6 +147,7 @@ impl Core {
             selectors,
             audit,
             adopted,
+            locks,
         };
         core.attribute()?;
         for root in core.roots.clone() {
@@ -492,6 +499,7 @@ impl Core {
                 });
             match raised {
                 Ok(()) => {
+                    self.relock(&root);
                     warn!(
                         message = "A root was gone; it is fenced again.",
                         root = name
@@ -504,6 +512,20 @@ impl Core {
                         .insert("roots", format!("root `{name}` is not fenced: {why}"));
                 }
             }
+        }
+    }
+
+    /// Locks a root that was made again. Its fence stands in any case.
+    fn relock(&mut self, root: &CgroupPath) {
+        let Ok(id) = self.hierarchy.id(root) else {
+            return;
+        };
+        if self.locks.iter().any(|lock| lock.is_for(root, id)) {
+            return;
+        }
+        match RootLock::take(&self.hierarchy, root, &self.roots) {
+            Ok(lock) => self.locks.push(lock),
+            Err(error) => warn!(message = "A root could not be locked.", %root, %error),
         }
     }
 
