@@ -329,7 +329,7 @@ impl Core {
             reason: Reason::from_byte(said.reason).map(|reason| reason.name().to_owned()),
             entry: decided.map(written),
             until_ms: (verdict == Answer::Allowed && said.deadline != NEVER && said.deadline != 0)
-                .then(|| self.offset().wall(said.deadline)),
+                .then(|| self.offset.wall(said.deadline)),
             source: Source::Kernel,
             hash: tables.hash.clone(),
             revision,

@@ -1,21 +1,21 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use tracing::{error, info, warn};
 
 use super::{
     DaemonError, Options,
-    force::{self, Force, Unusable},
+    force::{self, Force},
     lock::RootLock,
     recorder::{Recorder, Sink},
-    registry, selftest,
+    registry,
     settings::{CgroupMount, Containment, Settings},
     time::{Offset, wall_millis},
 };
 use crate::{
     audit::{Allowance, Decided, Decision, Key, Limits, Log, LogName, written_since},
-    cgroup::{CgroupPath, Change, Claimant, Hierarchy, Selectors},
+    cgroup::{CgroupPath, Hierarchy, Selectors},
     kernel::{self, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
     policy::{self, UnixMillis},
 };
@@ -31,11 +31,11 @@ pub struct Core {
     pub(super) claims: BTreeMap<CgroupPath, (u64, u32)>,
     pub(super) started_ms: UnixMillis,
     pub(super) problems: BTreeMap<&'static str, String>,
-    offset: Offset,
-    selectors: Arc<Selectors>,
+    pub(super) offset: Offset,
+    pub(super) selectors: Arc<Selectors>,
+    pub(super) locks: Vec<RootLock>,
     audit: Log,
     adopted: bool,
-    locks: Vec<RootLock>,
 }
 
 /// The v2 mount that the settings name or that mountinfo has.
@@ -235,7 +235,7 @@ impl Core {
         }
     }
 
-    fn decide_loaded(&mut self) {
+    pub(super) fn decide_loaded(&mut self) {
         let revision = self.force.revision;
         if self.force.bad.is_empty() && self.force.errors == 0 {
             let agents = self.force.agents.len();
@@ -307,241 +307,15 @@ impl Core {
             warn!(message = "The audit log could not be reopened.", %error);
         }
     }
-
-    /// Compiles the registry and swaps it in. Whatever cannot be used leaves in force what is.
-    /// Returns the agents that changed, or why nothing did.
-    pub fn reload(&mut self) -> Result<Vec<String>, String> {
-        let result = self.try_reload();
-        match &result {
-            Ok(changed) => {
-                info!(
-                    message = "Registry in force.",
-                    revision = self.force.revision,
-                    changed = changed.len(),
-                    errors = self.force.errors
-                );
-                self.problems.remove("reload");
-            }
-            Err(why) => {
-                error!(message = "The reload failed.", why);
-                self.problems
-                    .insert("reload", format!("the last reload failed: {why}"));
-                let revision = self.force.revision;
-                self.decide(Decision::Refused {
-                    revision,
-                    agents: Vec::new(),
-                    errors: vec![why.clone()],
-                });
-            }
-        }
-        result
-    }
-
-    fn try_reload(&mut self) -> Result<Vec<String>, String> {
-        let files = registry::read(&self.settings.paths);
-        let compiled = policy::compile(&files.sources, wall_millis());
-        let enforcement = &self.settings.enforcement;
-        let next = force::merge(
-            &files,
-            compiled,
-            Some(&self.force),
-            enforcement.on_bad_registry,
-            enforcement.unregistered,
-        )
-        .map_err(|unusable: Unusable| unusable.to_string())?;
-        // What was held back a second ago for running programs can go now, and make room.
-        self.enforcer.sweep();
-        let images = next.images(&self.offset.clock());
-        let changed = self
-            .enforcer
-            .apply(images)
-            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.force = next;
-        let followed = self.follow(&changed);
-        self.decide_loaded();
-        followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
-        Ok(changed)
-    }
-
-    /// What goes with new tables: whose records they are, which cgroups they claim, and whether the
-    /// kernel understands them as memory does.
-    fn follow(&mut self, changed: &[String]) -> Result<(), String> {
-        self.recorder
-            .learn(&self.enforcer, self.force.revision, all(&self.force));
-        let selectors =
-            selectors(&self.force, &self.enforcer).map_err(|error| error.to_string())?;
-        self.selectors = Arc::new(selectors);
-        self.attribute()
-            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.self_test(Some(changed))
-            .map_err(|why| format!("the self-test fails: {why}"))
-    }
-
-    /// Compares the kernel's verdict with memory's, for these agents or for all.
-    fn self_test(&mut self, only: Option<&[String]>) -> Result<(), String> {
-        let clock = self.offset.clock();
-        let tables: Vec<_> = all(&self.force)
-            .filter(|tables| only.is_none_or(|only| only.contains(&tables.id)))
-            .cloned()
-            .collect();
-        let mut asked = 0;
-        for tables in tables {
-            asked += selftest::ask(&mut self.enforcer, &tables, &clock)?;
-        }
-        tracing::debug!(message = "Kernel and memory agree.", questions = asked);
-        Ok(())
-    }
-
-    /// Finds out anew which cgroup is whose, and tells the kernel.
-    pub fn survey(&mut self) {
-        self.refence();
-        match self.attribute() {
-            Ok(()) => {
-                self.problems.remove("attribution");
-            }
-            Err(error) => {
-                warn!(message = "Cgroups could not be attributed.", %error);
-                self.problems.insert("attribution", error.to_string());
-            }
-        }
-    }
-
-    fn attribute(&mut self) -> Result<(), DaemonError> {
-        let mut claims = BTreeMap::new();
-        self.problems.remove("disputes");
-        for root in &self.roots {
-            let survey = match self.hierarchy.claims(root, &self.selectors) {
-                Ok(survey) => survey,
-                Err(error) if error.is_missing() => continue,
-                Err(error) => return Err(error.into()),
-            };
-            for claim in survey.claims {
-                claims.insert(claim.path, (claim.id, claim.agent));
-            }
-            if let Some(dispute) = survey.disputes.first() {
-                self.problems.insert(
-                    "disputes",
-                    format!(
-                        "cgroup `{}` is claimed by several agents, so by none",
-                        dispute.path
-                    ),
-                );
-            }
-        }
-        self.claims = claims;
-        self.push_claims()
-    }
-
-    fn push_claims(&mut self) -> Result<(), DaemonError> {
-        let wanted: Vec<(u64, u32)> = self.claims.values().copied().collect();
-        self.enforcer.attribute_indices(&wanted)?;
-        Ok(())
-    }
-
-    /// Follows cgroups as they come and go.
-    pub fn cgroups_changed(&mut self, changes: &[Change]) {
-        let mut again = false;
-        for change in changes {
-            match change {
-                Change::Created {
-                    path,
-                    id,
-                    claimant: Claimant::Agent(agent),
-                } => {
-                    self.claims.insert(path.clone(), (*id, *agent));
-                }
-                Change::Created {
-                    claimant: Claimant::Several(_),
-                    ..
-                }
-                | Change::RootDeleted(_)
-                | Change::RootCreated { .. }
-                | Change::Unwatched(_) => again = true,
-                Change::Created {
-                    claimant: Claimant::Nobody,
-                    ..
-                } => {}
-                Change::Deleted { path, id } => {
-                    if self.claims.get(path).is_some_and(|(known, _)| known == id) {
-                        self.claims.remove(path);
-                    }
-                }
-            }
-        }
-        if again {
-            self.survey();
-        } else if let Err(error) = self.push_claims() {
-            warn!(message = "Cgroups could not be attributed.", %error);
-            self.problems.insert("attribution", error.to_string());
-        }
-    }
-
-    /// Raises fences on roots that were removed and made again.
-    fn refence(&mut self) {
-        for root in self.roots.clone() {
-            let name = root.to_string();
-            let stands = self
-                .enforcer
-                .fences()
-                .any(|(fenced, fence)| fenced == name && fence.stands());
-            if stands {
-                continue;
-            }
-            let directory = self.hierarchy.directory(&root);
-            let raised = self
-                .hierarchy
-                .create(&root)
-                .map_err(|error| error.to_string())
-                .and_then(|_| {
-                    self.enforcer
-                        .fence(&name, &directory)
-                        .map_err(|error| format!("{:#}", anyhow::Error::from(error)))
-                });
-            match raised {
-                Ok(()) => {
-                    self.relock(&root);
-                    warn!(
-                        message = "A root was gone; it is fenced again.",
-                        root = name
-                    );
-                    self.problems.remove("roots");
-                }
-                Err(why) => {
-                    error!(message = "A root is not fenced.", root = name, why);
-                    self.problems
-                        .insert("roots", format!("root `{name}` is not fenced: {why}"));
-                }
-            }
-        }
-    }
-
-    /// Locks a root that was made again. Its fence stands in any case.
-    fn relock(&mut self, root: &CgroupPath) {
-        let Ok(id) = self.hierarchy.id(root) else {
-            return;
-        };
-        if self.locks.iter().any(|lock| lock.is_for(root, id)) {
-            return;
-        }
-        match RootLock::take(&self.hierarchy, root, &self.roots) {
-            Ok(lock) => self.locks.push(lock),
-            Err(error) => warn!(message = "A root could not be locked.", %root, %error),
-        }
-    }
-
-    /// The offset between the clocks.
-    pub(super) fn offset(&self) -> Offset {
-        self.offset
-    }
 }
 
 /// All entries in force, the pseudo-agent's first.
-fn all(force: &Force) -> impl Iterator<Item = &Arc<policy::AgentTables>> {
+pub(super) fn all(force: &Force) -> impl Iterator<Item = &Arc<policy::AgentTables>> {
     std::iter::once(&force.unregistered).chain(force.agents.values().map(|agent| &agent.tables))
 }
 
 /// The selectors of all agents, by their index in the kernel.
-fn selectors(force: &Force, enforcer: &Enforcer) -> Result<Selectors, DaemonError> {
+pub(super) fn selectors(force: &Force, enforcer: &Enforcer) -> Result<Selectors, DaemonError> {
     let pairs = force.agents.values().flat_map(|agent| {
         let index = enforcer.index_of(&agent.tables.id);
         agent
@@ -587,32 +361,6 @@ fn resume(recorder: &mut Recorder, enforcer: &Enforcer, violations: &std::path::
             warn!(message = "The log of before cannot be read; its lines count anew.", %error);
         }
     }
-}
-
-/// Removes every pin below the settings' bpffs folder and writes it to the audit log.
-pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
-    let limits = Limits {
-        max_size: settings.log.max_size,
-        max_total: settings.log.max_total,
-        retention: settings.log.retention,
-    };
-    let mut audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
-    let removed =
-        kernel::detach_pinned(&settings.paths.bpffs).map_err(|source| DaemonError::System {
-            what: "remove the pins that hold the fence",
-            source,
-        })?;
-    let host = crate::audit::Host::read();
-    let decided = Decided {
-        time: wall_millis(),
-        what: Decision::Stopped {
-            pid: std::process::id(),
-            reason: "--detach-all: the fence was lifted".to_owned(),
-            revision: 0,
-        },
-    };
-    audit.append(|sequence| decided.to_ocsf(&host, sequence))?;
-    Ok(removed)
 }
 
 /// Opens the embedded object for a fence of its own, as `remit run` without a daemon does.

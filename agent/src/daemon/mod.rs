@@ -10,12 +10,15 @@
 //! watchers only send to it.
 
 mod answers;
+mod attribution;
 mod core;
+mod detach;
 mod files;
 mod force;
 mod lock;
 mod recorder;
 pub mod registry;
+mod reload;
 mod selftest;
 pub mod settings;
 pub mod standalone;
@@ -130,7 +133,7 @@ pub fn run(settings: Settings, options: Options) -> Result<(), DaemonError> {
 /// removed.
 pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
     let _lock = Lock::take(&settings.paths.run)?;
-    let removed = core::detach_all(settings)?;
+    let removed = detach::detach_all(settings)?;
     Ok(removed)
 }
 

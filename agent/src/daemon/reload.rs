@@ -1,0 +1,99 @@
+//! The reload: compile, merge, swap in, and what goes with it.
+
+use std::sync::Arc;
+
+use tracing::{error, info};
+
+use super::{
+    core::{Core, all, selectors},
+    force::{self, Unusable},
+    registry, selftest,
+    time::wall_millis,
+};
+use crate::{audit::Decision, policy};
+
+impl Core {
+    /// Compiles the registry and swaps it in. Whatever cannot be used leaves in force what is.
+    /// Returns the agents that changed, or why nothing did.
+    pub fn reload(&mut self) -> Result<Vec<String>, String> {
+        let result = self.try_reload();
+        match &result {
+            Ok(changed) => {
+                info!(
+                    message = "Registry in force.",
+                    revision = self.force.revision,
+                    changed = changed.len(),
+                    errors = self.force.errors
+                );
+                self.problems.remove("reload");
+            }
+            Err(why) => {
+                error!(message = "The reload failed.", why);
+                self.problems
+                    .insert("reload", format!("the last reload failed: {why}"));
+                let revision = self.force.revision;
+                self.decide(Decision::Refused {
+                    revision,
+                    agents: Vec::new(),
+                    errors: vec![why.clone()],
+                });
+            }
+        }
+        result
+    }
+
+    fn try_reload(&mut self) -> Result<Vec<String>, String> {
+        let files = registry::read(&self.settings.paths);
+        let compiled = policy::compile(&files.sources, wall_millis());
+        let enforcement = &self.settings.enforcement;
+        let next = force::merge(
+            &files,
+            compiled,
+            Some(&self.force),
+            enforcement.on_bad_registry,
+            enforcement.unregistered,
+        )
+        .map_err(|unusable: Unusable| unusable.to_string())?;
+        // What was held back a second ago for running programs can go now, and make room.
+        self.enforcer.sweep();
+        let images = next.images(&self.offset.clock());
+        let changed = self
+            .enforcer
+            .apply(images)
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        self.force = next;
+        let followed = self.follow(&changed);
+        self.decide_loaded();
+        followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
+        Ok(changed)
+    }
+
+    /// What goes with new tables: whose records they are, which cgroups they claim, and whether the
+    /// kernel understands them as memory does.
+    fn follow(&mut self, changed: &[String]) -> Result<(), String> {
+        self.recorder
+            .learn(&self.enforcer, self.force.revision, all(&self.force));
+        let selectors =
+            selectors(&self.force, &self.enforcer).map_err(|error| error.to_string())?;
+        self.selectors = Arc::new(selectors);
+        self.attribute()
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        self.self_test(Some(changed))
+            .map_err(|why| format!("the self-test fails: {why}"))
+    }
+
+    /// Compares the kernel's verdict with memory's, for these agents or for all.
+    pub(super) fn self_test(&mut self, only: Option<&[String]>) -> Result<(), String> {
+        let clock = self.offset.clock();
+        let tables: Vec<_> = all(&self.force)
+            .filter(|tables| only.is_none_or(|only| only.contains(&tables.id)))
+            .cloned()
+            .collect();
+        let mut asked = 0;
+        for tables in tables {
+            asked += selftest::ask(&mut self.enforcer, &tables, &clock)?;
+        }
+        tracing::debug!(message = "Kernel and memory agree.", questions = asked);
+        Ok(())
+    }
+}
