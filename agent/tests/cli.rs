@@ -271,6 +271,7 @@ fn reload_is_1_when_a_file_was_bad() {
         kept: Vec::new(),
         findings: Vec::new(),
         ok: true,
+        closed: 0,
     };
     let bad = Reload {
         kept: vec!["coder".to_owned()],

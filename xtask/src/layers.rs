@@ -44,7 +44,7 @@ const PURE: [&str; 8] = [
     "agent/src/dns/guard.rs",
     "agent/src/dns/grant.rs",
     "agent/src/audit/record.rs",
-    "agent/src/control/protocol.rs",
+    "agent/src/control/protocol",
     "agent-ebpf/src/abi",
     "agent-ebpf/src/decide",
 ];

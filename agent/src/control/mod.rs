@@ -24,7 +24,8 @@ use tokio::sync::oneshot;
 
 pub use peer::{Caller, Rights};
 use protocol::{
-    Agent, Agents, Explain, Myself, Question, Refusal, Reload, RunGrant, RunRequest, Status,
+    Agent, Agents, Explain, Held, HoldReason, Myself, Question, Reconciled, Refusal, Reload,
+    ReloadRequest, RunGrant, RunRequest, Status,
 };
 
 /// Where the answer to a [`Request`] goes. Dropped without one, the caller is told so.
@@ -50,10 +51,76 @@ pub enum Request {
     Agent(String, Reply<Agent>),
     /// `GET /v1/explain`.
     Explain(Question, Reply<Explain>),
+    /// `GET /v1/reconcile`, and `POST /v1/reconcile`, which mends.
+    Reconcile {
+        /// Whether to mend what differs.
+        repair: bool,
+        /// Where the answer goes.
+        reply: Reply<Reconciled>,
+    },
     /// `POST /v1/reload`.
-    Reload(Reply<Reload>),
+    Reload(ReloadRequest, Reply<Reload>),
+    /// `POST /v1/agents/ID/suspend` and `POST /v1/agents/ID/revoke`.
+    Hold(Hold, Reply<Held>),
+    /// `POST /v1/agents/ID/resume`.
+    Resume(Resume, Reply<Held>),
     /// `POST /v1/run`.
     Run(RunRequest, Reply<RunGrant>),
     /// `GET /v1/self`, from a caller with [`Rights::OnlySelf`].
     Myself(Reply<Myself>),
+}
+
+/// Takes everything from an agent, whatever its entry says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// The agent's id, as the caller wrote it.
+    pub id: String,
+    /// What it becomes.
+    pub state: HoldState,
+    /// Why.
+    pub reason: HoldReason,
+    /// What becomes of its processes.
+    pub processes: Processes,
+}
+
+/// What a held agent is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HoldState {
+    /// Until somebody resumes it.
+    Suspended,
+    /// Until its file changes and is approved again.
+    Revoked,
+}
+
+/// What becomes of a held agent's processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Processes {
+    /// They go on, and reach nothing.
+    #[default]
+    Keep,
+    /// They are killed.
+    Kill,
+    /// They are frozen until the agent is resumed.
+    Freeze,
+}
+
+/// Ends a suspension.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resume {
+    /// The agent's id, as the caller wrote it.
+    pub id: String,
+    /// Why.
+    pub reason: HoldReason,
+}
+
+// === impl HoldState ===
+
+impl HoldState {
+    /// Its name, which is that of the lifecycle state.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Suspended => "suspended",
+            Self::Revoked => "revoked",
+        }
+    }
 }

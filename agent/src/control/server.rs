@@ -30,7 +30,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use nix::unistd::{Gid, Group};
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     task::JoinSet,
@@ -39,9 +39,9 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    Call, Caller, Reply, Request, Rights,
+    Call, Caller, Hold, HoldState, Processes, Reply, Request, Resume, Rights,
     peer::{self, Rules},
-    protocol::{Code, ErrorBody, Question, Refusal, RunRequest},
+    protocol::{Code, ErrorBody, HoldRequest, Question, Refusal, ReloadRequest},
 };
 
 /// The longest body: requests are a few words.
@@ -284,7 +284,11 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/agents", get(agents))
         .route("/v1/agents/{id}", get(agent))
+        .route("/v1/agents/{id}/suspend", post(suspend))
+        .route("/v1/agents/{id}/resume", post(resume))
+        .route("/v1/agents/{id}/revoke", post(revoke))
         .route("/v1/explain", get(explain))
+        .route("/v1/reconcile", get(compare).post(repair))
         .route("/v1/reload", post(reload))
         .route("/v1/run", post(run))
         .route("/v1/self", get(myself))
@@ -359,14 +363,10 @@ async fn agents(state: State<Calls>, caller: Extension<Caller>) -> Response {
     ask(state, caller, ANSWER, Request::Agents).await
 }
 
-async fn agent(
-    state: State<Calls>,
-    caller: Extension<Caller>,
-    id: Result<UrlPath<String>, rejection::PathRejection>,
-) -> Response {
-    match id {
-        Ok(UrlPath(id)) => ask(state, caller, ANSWER, |reply| Request::Agent(id, reply)).await,
-        Err(error) => refuse(Refusal::new(Code::BadRequest, error.body_text())),
+async fn agent(state: State<Calls>, caller: Extension<Caller>, id: PathId) -> Response {
+    match path_id(id) {
+        Ok(id) => ask(state, caller, ANSWER, |reply| Request::Agent(id, reply)).await,
+        Err(refusal) => refuse(refusal),
     }
 }
 
@@ -389,33 +389,149 @@ async fn explain(
     }
 }
 
-async fn reload(state: State<Calls>, caller: Extension<Caller>) -> Response {
-    ask(state, caller, CHANGE, Request::Reload).await
-}
-
-async fn run(
+async fn suspend(
     state: State<Calls>,
     caller: Extension<Caller>,
-    body: Result<Bytes, rejection::BytesRejection>,
+    id: PathId,
+    body: Sent,
 ) -> Response {
-    // Read as JSON whatever its content type says: `curl -d` calls everything a form.
-    let body = match body {
-        Ok(body) => body,
-        Err(error) => {
-            let code = match error.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => Code::TooLarge,
-                _ => Code::BadRequest,
-            };
-            return refuse(Refusal::new(code, error.body_text()));
-        }
+    hold(state, caller, HoldState::Suspended, id, body).await
+}
+
+async fn revoke(
+    state: State<Calls>,
+    caller: Extension<Caller>,
+    id: PathId,
+    body: Sent,
+) -> Response {
+    hold(state, caller, HoldState::Revoked, id, body).await
+}
+
+async fn hold(
+    calls: State<Calls>,
+    caller: Extension<Caller>,
+    state: HoldState,
+    id: PathId,
+    body: Sent,
+) -> Response {
+    let read = || {
+        let id = path_id(id)?;
+        let body: HoldRequest = read(body, HOLD_FORM)?;
+        let processes = match (body.kill, body.freeze) {
+            (false, false) => Processes::Keep,
+            (true, false) => Processes::Kill,
+            (false, true) => Processes::Freeze,
+            (true, true) => {
+                let both = "`kill` and `freeze` exclude each other";
+                return Err(Refusal::new(Code::BadRequest, both));
+            }
+        };
+        Ok(Hold {
+            id,
+            state,
+            reason: body.reason,
+            processes,
+        })
     };
-    match serde_json::from_slice::<RunRequest>(&body) {
-        Ok(body) => ask(state, caller, CHANGE, |reply| Request::Run(body, reply)).await,
-        Err(error) => refuse(
-            Refusal::new(Code::BadRequest, format!("cannot read the body: {error}"))
-                .help(r#"the form is `{"agent": "ID"}`"#),
-        ),
+    match read() {
+        Ok(hold) => ask(calls, caller, CHANGE, |reply| Request::Hold(hold, reply)).await,
+        Err(refusal) => refuse(refusal),
     }
+}
+
+async fn resume(
+    state: State<Calls>,
+    caller: Extension<Caller>,
+    id: PathId,
+    body: Sent,
+) -> Response {
+    let read = || {
+        let id = path_id(id)?;
+        let body: HoldRequest = read(body, HOLD_FORM)?;
+        if body.kill || body.freeze {
+            let neither = "a resume neither kills nor freezes";
+            return Err(Refusal::new(Code::BadRequest, neither));
+        }
+        Ok(Resume {
+            id,
+            reason: body.reason,
+        })
+    };
+    match read() {
+        Ok(resume) => {
+            ask(state, caller, CHANGE, |reply| {
+                Request::Resume(resume, reply)
+            })
+            .await
+        }
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn compare(state: State<Calls>, caller: Extension<Caller>) -> Response {
+    reconcile(state, caller, false).await
+}
+
+async fn repair(state: State<Calls>, caller: Extension<Caller>) -> Response {
+    reconcile(state, caller, true).await
+}
+
+/// Reading everything back takes as long as a change, also where nothing is mended.
+async fn reconcile(state: State<Calls>, caller: Extension<Caller>, repair: bool) -> Response {
+    ask(state, caller, CHANGE, |reply| Request::Reconcile {
+        repair,
+        reply,
+    })
+    .await
+}
+
+async fn reload(state: State<Calls>, caller: Extension<Caller>, body: Sent) -> Response {
+    let request = match body {
+        Ok(body) if body.is_empty() => Ok(ReloadRequest::default()),
+        body => read(body, r#"the form is `{"accept_clock": true}`, or no body"#),
+    };
+    match request {
+        Ok(request) => {
+            ask(state, caller, CHANGE, |reply| {
+                Request::Reload(request, reply)
+            })
+            .await
+        }
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn run(state: State<Calls>, caller: Extension<Caller>, body: Sent) -> Response {
+    match read(body, r#"the form is `{"agent": "ID"}`"#) {
+        Ok(body) => ask(state, caller, CHANGE, |reply| Request::Run(body, reply)).await,
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+/// A body as it arrived, or why it did not.
+type Sent = Result<Bytes, rejection::BytesRejection>;
+/// The id in a path, or why there is none.
+type PathId = Result<UrlPath<String>, rejection::PathRejection>;
+
+const HOLD_FORM: &str = r#"the form is `{"reason": "TEXT"}`, and to suspend or revoke also `"kill"` or `"freeze": true`"#;
+
+/// Reads a body as JSON whatever its content type says: `curl -d` calls everything a form.
+fn read<T: DeserializeOwned>(body: Sent, form: &str) -> Result<T, Refusal> {
+    let body = body.map_err(|error| {
+        let code = match error.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => Code::TooLarge,
+            _ => Code::BadRequest,
+        };
+        Refusal::new(code, error.body_text())
+    })?;
+    serde_json::from_slice(&body).map_err(|error| {
+        Refusal::new(Code::BadRequest, format!("cannot read the body: {error}")).help(form)
+    })
+}
+
+fn path_id(id: PathId) -> Result<String, Refusal> {
+    id.map(|UrlPath(id)| id)
+        .map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))
 }
 
 async fn myself(state: State<Calls>, caller: Extension<Caller>) -> Response {

@@ -15,9 +15,9 @@ use crate::{
     control::{
         Call, Caller, Request,
         protocol::{
-            Agent, AgentStatus, Agents, Answer, Cgroup, Code, Entry, Explain, Guard, GuardState,
-            Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, RunRequest, Source,
-            Status,
+            Agent, AgentStatus, Agents, Answer, Cgroup, Code, DriftSummary, Entry, Explain, Guard,
+            GuardState, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, RunRequest,
+            Source, Status,
         },
     },
     policy::{self, AgentTables},
@@ -37,9 +37,15 @@ impl Core {
             Request::Explain(question, reply) => drop(reply.send(self.explain(question))),
             Request::Run(request, reply) => drop(reply.send(self.run(&request))),
             Request::Myself(reply) => drop(reply.send(Ok(self.myself(&call.caller)))),
-            Request::Reload(reply) => {
+            Request::Reload(_, reply) => {
                 drop(reply.send(self.reload_on_request()));
                 return true;
+            }
+            Request::Hold(_, reply) | Request::Resume(_, reply) => {
+                drop(reply.send(Err(not_yet("hold or release an agent"))));
+            }
+            Request::Reconcile { reply, .. } => {
+                drop(reply.send(Err(not_yet("compare registry and kernel"))));
             }
         }
         false
@@ -56,6 +62,7 @@ impl Core {
                 kept: self.force.bad.clone(),
                 findings: self.force.findings.clone(),
                 ok: self.force.errors == 0,
+                closed: 0,
             }),
             Err(why) => Ok(Reload {
                 revision: self.force.revision,
@@ -63,6 +70,7 @@ impl Core {
                 kept: self.force.agents.keys().cloned().collect(),
                 findings: vec![format!("error: {why}")],
                 ok: false,
+                closed: 0,
             }),
         }
     }
@@ -108,6 +116,7 @@ impl Core {
                 errors: self.force.errors as u64,
                 warnings: self.force.warnings as u64,
             },
+            drift: DriftSummary::default(),
         }
     }
 
@@ -259,6 +268,7 @@ impl Core {
             by_reason,
             last_violation: self.recorder.last(id).cloned(),
             finding: None,
+            hold: None,
         }
     }
 
@@ -438,6 +448,7 @@ impl Core {
                 owner: None,
                 approval_ref: None,
                 state: UNREGISTERED.to_owned(),
+                hold: None,
                 mode: self.force.unregistered.mode.name().to_owned(),
                 expires_ms: None,
                 cgroup,
@@ -469,6 +480,7 @@ impl Core {
             owner: Some(tables.owner.clone()),
             approval_ref: tables.approval_ref.clone(),
             state: tables.state.name().to_owned(),
+            hold: None,
             mode: tables.mode.name().to_owned(),
             expires_ms: tables.expires,
             cgroup,
@@ -478,6 +490,10 @@ impl Core {
             denials: self.recorder.denials(&id),
         }
     }
+}
+
+fn not_yet(what: &str) -> Refusal {
+    Refusal::new(Code::Unavailable, format!("this daemon cannot {what}"))
 }
 
 fn entry(agent: &InForce) -> Agent {
@@ -502,6 +518,7 @@ fn entry(agent: &InForce) -> Agent {
         selectors: tables.selectors.clone(),
         entries: tables.entries.iter().map(written).collect(),
         finding: agent.kept.clone(),
+        hold: None,
     }
 }
 

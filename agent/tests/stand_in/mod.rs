@@ -12,11 +12,11 @@ use std::{
 };
 
 use remit::control::{
-    Call, Reply, Request,
+    Call, Hold, Reply, Request, Resume,
     protocol::{
-        Agent, AgentStatus, Agents, Answer, Cgroup, Entry, Explain, Guard, GuardState,
-        LastViolation, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, Source,
-        Status,
+        Agent, AgentStatus, Agents, Answer, Cgroup, DriftSummary, Entry, Explain, Guard,
+        GuardState, Held, LastViolation, Myself, Posture, Question, Reconciled, Refusal, Registry,
+        Reload, RunGrant, Source, Status,
     },
     server::{Listener, serve},
 };
@@ -35,6 +35,12 @@ pub struct Answers {
     pub reload: Option<Reload>,
     /// To a question.
     pub explain: fn(&Question) -> Answer,
+    /// To a suspend or revoke.
+    pub hold: fn(&Hold) -> Result<Held, Refusal>,
+    /// To a resume.
+    pub resume: fn(&Resume) -> Result<Held, Refusal>,
+    /// To a comparison.
+    pub reconcile: fn(bool) -> Reconciled,
 }
 
 impl Default for Answers {
@@ -43,7 +49,47 @@ impl Default for Answers {
             status: status(Posture::Enforcing),
             reload: None,
             explain: |_| Answer::Denied,
+            hold: |hold| {
+                Ok(held(
+                    &hold.id,
+                    "active",
+                    hold.state.name(),
+                    hold.reason.as_str(),
+                ))
+            },
+            resume: |resume| {
+                let reason = resume.reason.as_str();
+                Ok(held(&resume.id, "suspended", "active", reason))
+            },
+            reconcile: |_| reconciled(),
         }
+    }
+}
+
+/// What a change of lifecycle state came to.
+pub fn held(id: &str, before: &str, after: &str, reason: &str) -> Held {
+    Held {
+        id: id.to_owned(),
+        before: before.to_owned(),
+        after: after.to_owned(),
+        reason: reason.to_owned(),
+        revision: 8,
+        closed: 0,
+        killed: 0,
+        frozen: 0,
+        durable: true,
+        warnings: Vec::new(),
+    }
+}
+
+/// No drift.
+pub fn reconciled() -> Reconciled {
+    Reconciled {
+        checked_ms: 1_793_836_900_000,
+        took_ms: 3,
+        entries: 41,
+        drift: Vec::new(),
+        information: Vec::new(),
     }
 }
 
@@ -114,12 +160,15 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                 };
                 answer(reply, Ok(explain));
             }
-            Request::Reload(reply) => {
+            Request::Reload(_, reply) => {
                 // Without an answer the request is dropped.
                 if let Some(reload) = answers.reload.clone() {
                     answer(reply, Ok(reload));
                 }
             }
+            Request::Hold(hold, reply) => answer(reply, (answers.hold)(&hold)),
+            Request::Resume(resume, reply) => answer(reply, (answers.resume)(&resume)),
+            Request::Reconcile { repair, reply } => answer(reply, Ok((answers.reconcile)(repair))),
             Request::Run(request, reply) => {
                 let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
                 answer(reply, Ok(RunGrant { cgroup, id: 5 }));
@@ -180,6 +229,7 @@ pub fn status(posture: Posture) -> Status {
                 text: "denied billing-recon \u{1b}[31mcurl to 192.0.2.7:443/tcp".to_owned(),
             }),
             finding: None,
+            hold: None,
         }],
         findings: Vec::new(),
         registry: Registry {
@@ -187,6 +237,7 @@ pub fn status(posture: Posture) -> Status {
             errors: 0,
             warnings: 1,
         },
+        drift: DriftSummary::default(),
     }
 }
 
@@ -226,6 +277,7 @@ fn agent() -> Agent {
             reason: Some("ledger".to_owned()),
         }],
         finding: None,
+        hold: None,
     }
 }
 
@@ -236,6 +288,7 @@ fn myself(cgroup: Option<String>) -> Myself {
         owner: None,
         approval_ref: None,
         state: "unregistered".to_owned(),
+        hold: None,
         mode: "enforce".to_owned(),
         expires_ms: None,
         cgroup,

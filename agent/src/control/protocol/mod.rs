@@ -8,16 +8,27 @@
 //! | `GET /v1/agents`                 | read   | [`Agents`] |
 //! | `GET /v1/agents/ID`              | read   | [`Agent`] |
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
-//! | `POST /v1/reload`                | change | [`Reload`] |
+//! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
+//! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
+//! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
+//! | `POST /v1/agents/ID/suspend` ([`HoldRequest`]) | change | [`Held`] |
+//! | `POST /v1/agents/ID/resume` ([`HoldRequest`])  | change | [`Held`] |
+//! | `POST /v1/agents/ID/revoke` ([`HoldRequest`])  | change | [`Held`] |
 //! | `POST /v1/run` ([`RunRequest`])  | change | [`RunGrant`] |
 //! | `GET /v1/self`                   | inside a governed cgroup | [`Myself`] |
 //!
 //! Whatever fails is a [`Refusal`] with the HTTP status of its [`Code`]. Within one version of the
 //! API fields are added, never renamed or removed; readers ignore what they don't know.
 
+mod drift;
+mod lifecycle;
+
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use drift::{Drift, DriftSummary, Reconciled};
+pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";
@@ -46,6 +57,9 @@ pub struct Status {
     pub findings: Vec<String>,
     /// What the registry was compiled from.
     pub registry: Registry,
+    /// What comparing registry and kernel came to.
+    #[serde(default)]
+    pub drift: DriftSummary,
 }
 
 /// How far the host enforces.
@@ -130,6 +144,9 @@ pub struct AgentStatus {
     pub last_violation: Option<LastViolation>,
     /// Why its last good entry stays in force although its file says something else.
     pub finding: Option<String>,
+    /// Who suspended or revoked it, and why; none when only its file says its state.
+    #[serde(default)]
+    pub hold: Option<HoldInfo>,
 }
 
 /// A cgroup that an agent claims.
@@ -203,6 +220,9 @@ pub struct Agent {
     pub entries: Vec<Entry>,
     /// Why this last good entry stays in force although its file says something else.
     pub finding: Option<String>,
+    /// Who suspended or revoked it, and why; none when only its file says its state.
+    #[serde(default)]
+    pub hold: Option<HoldInfo>,
 }
 
 /// An entry of a scope and where it is written.
@@ -287,6 +307,16 @@ pub enum Source {
     Registry,
 }
 
+/// Body of `POST /v1/reload`; without one, nothing of it is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReloadRequest {
+    /// Take the wall clock as it is now, although it is behind the latest time ever seen. Grants
+    /// that had expired could come back.
+    #[serde(default)]
+    pub accept_clock: bool,
+}
+
 /// What a reload did.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reload {
@@ -300,6 +330,9 @@ pub struct Reload {
     pub findings: Vec<String>,
     /// Whether every file was good.
     pub ok: bool,
+    /// TCP connections closed because no grant is left for them.
+    #[serde(default)]
+    pub closed: u64,
 }
 
 /// Asks for a cgroup to start a command in as an agent.
@@ -333,6 +366,9 @@ pub struct Myself {
     pub approval_ref: Option<String>,
     /// Lifecycle state in force.
     pub state: String,
+    /// Who suspended or revoked it, and why; none when only its file says its state.
+    #[serde(default)]
+    pub hold: Option<HoldInfo>,
     /// `enforce` or `monitor`.
     pub mode: String,
     /// When it ends.
@@ -554,6 +590,16 @@ mod tests {
             "no agent `ghost` in the registry in force"
         );
         assert!(body["error"]["help"].is_string());
+    }
+
+    #[test]
+    fn what_an_older_daemon_does_not_say_is_nothing() {
+        let reload = json!({"revision": 1, "changed": [], "kept": [], "findings": [], "ok": true});
+        assert_eq!(serde_json::from_value::<Reload>(reload).unwrap().closed, 0);
+        let empty: ReloadRequest = serde_json::from_value(json!({})).unwrap();
+        assert!(!empty.accept_clock);
+        let typo = json!({"accept_clocks": true});
+        assert!(serde_json::from_value::<ReloadRequest>(typo).is_err());
     }
 
     #[test]
