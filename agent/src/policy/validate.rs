@@ -137,6 +137,9 @@ fn schema(schema: Option<&At<i64>>, notes: &mut Notes<'_>) {
     }
 }
 
+/// What logs and status call the processes that no agent claims.
+const RESERVED: &str = "unregistered";
+
 fn id(document: &AgentDocument, stem: &str, notes: &mut Notes<'_>) -> Option<Id> {
     let Some(written) = &document.id else {
         let span = document.agent_span.clone().unwrap_or(START);
@@ -157,6 +160,14 @@ fn id(document: &AgentDocument, stem: &str, notes: &mut Notes<'_>) -> Option<Id>
             &written.span,
             message,
             "an agent's file is ID.toml: rename one of them",
+        );
+        return None;
+    }
+    if written.value == RESERVED {
+        notes.error(
+            &written.span,
+            format!("the id {} is taken", quoted(RESERVED)),
+            "in logs and status it stands for the processes that no agent claims: choose another",
         );
         return None;
     }
