@@ -13,6 +13,7 @@ mod answers;
 mod attribution;
 mod core;
 mod detach;
+mod endings;
 mod files;
 mod force;
 mod lock;
