@@ -6,7 +6,7 @@ use tracing::{error, info, warn};
 
 use super::{
     DaemonError, Options,
-    force::{self, Force, Unusable},
+    force::{self, Force, Stance, Unusable},
     recorder::{Recorder, Sink},
     registry, selftest,
     settings::{CgroupMount, Containment, Settings},
@@ -17,6 +17,7 @@ use crate::{
     cgroup::{CgroupPath, Change, Claimant, Hierarchy, Selectors},
     kernel::{self, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
     policy::{self, UnixMillis},
+    state::Holds,
 };
 
 /// Everything.
@@ -82,13 +83,7 @@ impl Core {
         let files = registry::read(&settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
         let enforcement = &settings.enforcement;
-        let force = force::merge(
-            &files,
-            compiled,
-            None,
-            enforcement.on_bad_registry,
-            enforcement.unregistered,
-        )?;
+        let force = force::start(&files, compiled, None, &Holds::default(), stance(settings))?;
         let images = force.images(&offset.clock());
 
         let tuning = Tuning {
@@ -333,13 +328,12 @@ impl Core {
     fn try_reload(&mut self) -> Result<Vec<String>, String> {
         let files = registry::read(&self.settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
-        let enforcement = &self.settings.enforcement;
         let next = force::merge(
             &files,
             compiled,
             Some(&self.force),
-            enforcement.on_bad_registry,
-            enforcement.unregistered,
+            &Holds::default(),
+            stance(&self.settings),
         )
         .map_err(|unusable: Unusable| unusable.to_string())?;
         // What was held back a second ago for running programs can go now, and make room.
@@ -510,6 +504,13 @@ impl Core {
     /// The offset between the clocks.
     pub(super) fn offset(&self) -> Offset {
         self.offset
+    }
+}
+
+fn stance(settings: &Settings) -> Stance {
+    Stance {
+        on_bad: settings.enforcement.on_bad_registry,
+        unregistered: settings.enforcement.unregistered,
     }
 }
 

@@ -11,7 +11,7 @@
 
 mod answers;
 mod core;
-mod force;
+pub mod force;
 mod lock;
 mod recorder;
 pub mod registry;
