@@ -1,5 +1,5 @@
 //! Remit's user side. Modules in dependency order; each may use only those above it, and the
-//! peers `kernel`, `audit`, `control`, `cgroup` and `launch` never each other:
+//! peers `kernel`, `audit`, `control`, `cgroup`, `launch` and `state` never each other:
 //!
 //! | module    | may know                       | promises |
 //! |-----------|--------------------------------|----------|
@@ -9,6 +9,7 @@
 //! | `kernel`  | `policy` (its tables)          | the only module that names aya |
 //! | `audit`   | `policy` (its words)           | OCSF records, the line for people, rotation |
 //! | `control` | nothing here                   | the socket: protocol, peer credentials, client |
+//! | `state`   | `policy` (its tables)          | what survives: last good registry, holds, clocks |
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
@@ -20,3 +21,4 @@ pub mod daemon;
 pub mod kernel;
 pub mod launch;
 pub mod policy;
+pub mod state;

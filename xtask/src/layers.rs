@@ -12,27 +12,30 @@ use crate::lint::sources;
 type Layer = (&'static str, &'static [&'static str]);
 
 /// In dependency order; the table in `agent/src/lib.rs` says the same in words.
-const LAYERS: [Layer; 9] = [
+const LAYERS: [Layer; 10] = [
     ("policy", &[]),
     ("cgroup", &[]),
     ("launch", &["cgroup"]),
     ("kernel", &["policy"]),
     ("audit", &["policy"]),
     ("control", &[]),
+    ("state", &["policy"]),
     (
         "daemon",
-        &["policy", "cgroup", "launch", "kernel", "audit", "control"],
+        &[
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state",
+        ],
     ),
     (
         "cli",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "daemon",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "daemon",
         ],
     ),
     (
         "main",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "daemon", "cli",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "daemon", "cli",
         ],
     ),
 ];

@@ -6,7 +6,7 @@ use tracing::{error, info, warn};
 
 use super::{
     DaemonError, Options,
-    force::{self, Force},
+    force::{self, Force, Stance},
     lock::RootLock,
     recorder::{Recorder, Sink},
     registry,
@@ -18,6 +18,7 @@ use crate::{
     cgroup::{CgroupPath, Hierarchy, Selectors},
     kernel::{self, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
     policy::{self, UnixMillis},
+    state::Holds,
 };
 
 /// Everything.
@@ -84,13 +85,7 @@ impl Core {
         let files = registry::read(&settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
         let enforcement = &settings.enforcement;
-        let force = force::merge(
-            &files,
-            compiled,
-            None,
-            enforcement.on_bad_registry,
-            enforcement.unregistered,
-        )?;
+        let force = force::start(&files, compiled, None, &Holds::default(), stance(settings))?;
         let images = force.images(&offset.clock());
 
         let tuning = Tuning {
@@ -306,6 +301,13 @@ impl Core {
         if let Err(error) = self.audit.reopen() {
             warn!(message = "The audit log could not be reopened.", %error);
         }
+    }
+}
+
+pub(super) fn stance(settings: &Settings) -> Stance {
+    Stance {
+        on_bad: settings.enforcement.on_bad_registry,
+        unregistered: settings.enforcement.unregistered,
     }
 }
 

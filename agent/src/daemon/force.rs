@@ -1,9 +1,9 @@
 //! The registry in force: what the files say now, and where they cannot be used, what they said
-//! last. Pure but for its inputs; the kernel module makes it true.
+//! last; holds laid over. Pure but for its inputs; the kernel module makes it true.
 
 use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::Arc,
 };
 
@@ -16,17 +16,26 @@ use super::{
 use crate::{
     kernel::Image,
     policy::{self, AgentTables, Clock, Compilation, Finding, Placed, Prefix, SourceKind},
+    state::{Approval, Hold, Holds, LastGood, Record},
 };
 
 /// One agent in force.
 #[derive(Clone, Debug)]
 pub struct InForce {
-    /// Its entry.
+    /// What holds for it: the entry, with the state that a hold or the settings give it.
     pub tables: Arc<AgentTables>,
+    /// Its entry, as its file says or said last.
+    pub entry: Arc<AgentTables>,
     /// Revision in which it last changed.
     pub revision: u64,
     /// Why this is not what its file says.
     pub kept: Option<String>,
+    /// What it is suspended or revoked by, besides its file.
+    pub hold: Option<Hold>,
+    /// The last good entry is lost; [`Self::entry`] is a draft that claims the same cgroups.
+    pub torn: bool,
+    /// Its file cannot be used, and the settings say to deny it then.
+    denied: bool,
 }
 
 /// All of them, and the pseudo-agent.
@@ -48,6 +57,27 @@ pub struct Force {
     pub warnings: usize,
     /// Agents whose file cannot be used.
     pub bad: Vec<String>,
+    /// Revocations that ended, since the entry changed and was approved again. The caller releases
+    /// them in the store once this is in force.
+    pub lifted: Vec<String>,
+    /// Holds that now know which approval has to change. The caller writes them down.
+    pub settled: Vec<(String, Hold)>,
+    /// Files and folders of agents of which it is not known which cgroups they claim. While there
+    /// are any, `unregistered = "monitor"` lets nothing through.
+    pub untold: BTreeSet<String>,
+    /// The whole registry is the last good one, and why.
+    pub fell_back: Option<String>,
+    /// Whether agents may have been in force before of which nothing is known here.
+    complete: bool,
+}
+
+/// How the settings want what is doubtful to be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stance {
+    /// `enforcement.on_bad_registry`.
+    pub on_bad: OnBadRegistry,
+    /// `enforcement.unregistered`.
+    pub unregistered: Unregistered,
 }
 
 /// Why a registry may not come into force at all.
@@ -58,15 +88,215 @@ pub enum Unusable {
     Floor(String),
 }
 
+/// What shall be in force at the start: as [`merge`], upon the registry that was in force last.
+/// With a floor that cannot be used that registry holds as a whole.
+///
+/// # Errors
+/// Where the floor cannot be used and there is no earlier one.
+pub fn start(
+    registry: &Registry,
+    compiled: Compilation,
+    last: Option<&LastGood>,
+    holds: &Holds,
+    stance: Stance,
+) -> Result<Force, Unusable> {
+    let before = last.map(remembered);
+    match (usable_floor(registry, &compiled), before) {
+        (Err(unusable), Some(before)) if last.is_some_and(|last| last.unregistered.is_some()) => {
+            let told = Told::new(registry, &compiled);
+            Ok(fall_back(
+                registry, &compiled, before, holds, stance, &unusable, told,
+            ))
+        }
+        (_, before) => merge(registry, compiled, before.as_ref(), holds, stance),
+    }
+}
+
 /// Puts together what shall be in force from what was read and compiled, and from what is in force
 /// now. An agent whose file is bad keeps its last good entry, or is denied, as the settings say.
+///
+/// # Errors
+/// Where the floor cannot be used.
 pub fn merge(
     registry: &Registry,
     compiled: Compilation,
     before: Option<&Force>,
-    on_bad: OnBadRegistry,
-    unregistered: Unregistered,
+    holds: &Holds,
+    stance: Stance,
 ) -> Result<Force, Unusable> {
+    usable_floor(registry, &compiled)?;
+    let mut told = Told::new(registry, &compiled);
+    let bad = unusable(registry, &compiled.findings, before);
+    let revision = before.map_or(1, |before| before.revision + 1);
+    let mut agents = BTreeMap::new();
+    let mut lifted = Vec::new();
+    let mut settled = Vec::new();
+    for tables in compiled.agents {
+        let known = before.and_then(|before| before.agents.get(&tables.id));
+        let id = tables.id.clone();
+        let entry = match known {
+            Some(known) if *known.entry == tables => Arc::clone(&known.entry),
+            Some(_) | None => Arc::new(tables),
+        };
+        let mut hold = holds.get(&id).cloned();
+        if hold.as_ref().is_some_and(|hold| hold.lifted_by(&entry)) {
+            hold = None;
+            lifted.push(id.clone());
+        }
+        if let Some(known) = holds.by_id.get(&id).and_then(|hold| hold.settled(&entry)) {
+            hold = Some(known.clone());
+            settled.push((id.clone(), known));
+        }
+        let next = InForce::new(entry, revision).held(hold);
+        agents.insert(id, next.since(known));
+    }
+    let mut unusable = Vec::new();
+    let mut unclaimed: Vec<String> = unread_folders(registry);
+    for (id, why) in bad {
+        if agents.contains_key(&id) {
+            continue;
+        }
+        if let Some(known) = before.and_then(|before| before.agents.get(&id)) {
+            let next = keep(known, &why, stance.on_bad, revision);
+            let next = next.held(holds.get(&id).cloned());
+            agents.insert(id.clone(), next.since(Some(known)));
+        } else {
+            unclaimed.push(id.clone());
+        }
+        unusable.push(id);
+    }
+    let untold = untold(unclaimed, before);
+    let unregistered = pseudo(
+        compiled.unregistered,
+        stance.unregistered,
+        &untold,
+        &mut told,
+    );
+    Ok(Force {
+        revision,
+        agents,
+        unregistered: Arc::new(unregistered),
+        findings: told.findings,
+        files: registry.sources.len(),
+        errors: told.errors,
+        warnings: told.warnings,
+        bad: unusable,
+        lifted,
+        settled,
+        untold,
+        fell_back: None,
+        complete: true,
+    })
+}
+
+/// The registry of before as a whole, since a new one would lack denials.
+fn fall_back(
+    registry: &Registry,
+    compiled: &Compilation,
+    before: Force,
+    holds: &Holds,
+    stance: Stance,
+    unusable_floor: &Unusable,
+    mut told: Told,
+) -> Force {
+    let revision = before.revision + 1;
+    let why = format!("{unusable_floor}; the last good registry holds as a whole");
+    let bad: Vec<String> = unusable(registry, &compiled.findings, Some(&before))
+        .into_iter()
+        .map(|(id, _)| id)
+        .collect();
+    let mut unclaimed = unread_folders(registry);
+    unclaimed.extend(
+        bad.iter()
+            .filter(|id| !before.agents.contains_key(*id))
+            .cloned(),
+    );
+    let untold = untold(unclaimed, Some(&before));
+    let unregistered = pseudo(
+        (*before.unregistered).clone(),
+        stance.unregistered,
+        &untold,
+        &mut told,
+    );
+    let agents = before.agents.iter().map(|(id, known)| {
+        let mut next = keep(known, &why, OnBadRegistry::Keep, revision);
+        next.kept = Some(if known.torn {
+            format!("{why}, but for this agent it is lost, so it is denied")
+        } else {
+            why.clone()
+        });
+        next = next.held(holds.get(id).cloned());
+        (id.clone(), next.since(Some(known)))
+    });
+    Force {
+        revision,
+        agents: agents.collect(),
+        unregistered: Arc::new(unregistered),
+        findings: told.findings,
+        files: registry.sources.len(),
+        errors: told.errors,
+        warnings: told.warnings,
+        bad,
+        lifted: Vec::new(),
+        settled: Vec::new(),
+        untold,
+        fell_back: Some(why),
+        complete: before.complete,
+    }
+}
+
+/// The registry of the last time, as if it were in force.
+fn remembered(last: &LastGood) -> Force {
+    let agents = last.agents.iter().map(|(id, stored)| {
+        let agent = InForce {
+            torn: stored.torn.is_some(),
+            ..InForce::new(Arc::clone(&stored.tables), stored.since)
+        };
+        (id.clone(), agent)
+    });
+    Force {
+        revision: last.revision,
+        agents: agents.collect(),
+        unregistered: last
+            .unregistered
+            .clone()
+            .unwrap_or_else(|| Arc::new(AgentTables::nobody())),
+        findings: Vec::new(),
+        files: 0,
+        errors: 0,
+        warnings: 0,
+        bad: Vec::new(),
+        lifted: Vec::new(),
+        settled: Vec::new(),
+        untold: BTreeSet::new(),
+        fell_back: None,
+        complete: last.complete,
+    }
+}
+
+/// Findings, rendered and counted.
+struct Told {
+    findings: Vec<String>,
+    errors: usize,
+    warnings: usize,
+}
+
+impl Told {
+    fn new(registry: &Registry, compiled: &Compilation) -> Self {
+        let mut findings: Vec<String> = compiled.findings.iter().map(ToString::to_string).collect();
+        let unread = registry.unread.iter();
+        findings.extend(unread.map(|unread| format!("error: {unread}")));
+        let errors = compiled.findings.iter().filter(|each| each.is_error());
+        let errors = errors.count();
+        Self {
+            findings,
+            errors: errors + registry.unread.len(),
+            warnings: compiled.findings.len() - errors,
+        }
+    }
+}
+
+fn usable_floor(registry: &Registry, compiled: &Compilation) -> Result<(), Unusable> {
     if let Some(unread) = registry
         .unread
         .iter()
@@ -74,76 +304,60 @@ pub fn merge(
     {
         return Err(Unusable::Floor(unread.to_string()));
     }
-    let floors: Vec<&PathBuf> = registry
+    let floors = registry
         .sources
         .iter()
-        .filter(|source| source.kind == SourceKind::Floor)
-        .map(|source| &source.path)
-        .collect();
-    let broken = compiled
-        .findings
-        .iter()
-        .find(|finding| finding.is_error() && floors.contains(&&finding.file));
-    if let Some(finding) = broken {
-        return Err(Unusable::Floor(finding.to_string()));
+        .filter(|source| source.kind == SourceKind::Floor);
+    let broken = compiled.findings.iter().find(|finding| {
+        finding.is_error() && floors.clone().any(|floor| floor.path == finding.file)
+    });
+    match broken {
+        Some(finding) => Err(Unusable::Floor(finding.to_string())),
+        None => Ok(()),
     }
+}
 
-    let revision = before.map_or(1, |before| before.revision + 1);
-    let mut agents = BTreeMap::new();
-    for tables in compiled.agents {
-        let known = before.and_then(|before| before.agents.get(&tables.id));
-        let since = match known {
-            Some(known) if *known.tables == tables && known.kept.is_none() => known.revision,
-            Some(_) | None => revision,
-        };
-        let id = tables.id.clone();
-        agents.insert(
-            id,
-            InForce {
-                tables: Arc::new(tables),
-                revision: since,
-                kept: None,
-            },
-        );
-    }
-    let mut bad = Vec::new();
-    for (id, why) in unusable(registry, &compiled.findings, before) {
-        if agents.contains_key(&id) {
-            continue;
+/// The pseudo-agent as the settings want it. Monitoring lets through what nobody claims; where it
+/// is not known what is claimed, that could be an agent's own.
+fn pseudo(
+    tables: AgentTables,
+    wanted: Unregistered,
+    untold: &BTreeSet<String>,
+    told: &mut Told,
+) -> AgentTables {
+    let mode = match (wanted, untold.first()) {
+        (Unregistered::Deny, _) => Mode::Enforce,
+        (Unregistered::Monitor, None) => Mode::Monitor,
+        (Unregistered::Monitor, Some(first)) => {
+            told.findings.push(format!(
+                "warning: unregistered processes are denied although `enforcement.unregistered` \
+                 is \"monitor\": `{first}` cannot be used, nothing is known of before, and so \
+                 they could be an agent's"
+            ));
+            told.warnings += 1;
+            Mode::Enforce
         }
-        if let Some(known) = before.and_then(|before| before.agents.get(&id)) {
-            agents.insert(id.clone(), keep(known, why, on_bad, revision));
-        }
-        bad.push(id);
-    }
-
-    let mut pseudo = compiled.unregistered;
-    pseudo.mode = match unregistered {
-        Unregistered::Deny => Mode::Enforce,
-        Unregistered::Monitor => Mode::Monitor,
     };
-    let mut findings: Vec<String> = compiled.findings.iter().map(ToString::to_string).collect();
-    findings.extend(
-        registry
-            .unread
-            .iter()
-            .map(|unread| format!("error: {unread}")),
-    );
-    let errors = compiled
-        .findings
-        .iter()
-        .filter(|finding| finding.is_error())
-        .count();
-    Ok(Force {
-        revision,
-        agents,
-        unregistered: Arc::new(pseudo),
-        errors: errors + registry.unread.len(),
-        warnings: compiled.findings.len() - errors,
-        findings,
-        files: registry.sources.len(),
-        bad,
-    })
+    AgentTables { mode, ..tables }
+}
+
+/// Of what cannot be used and is not in force, what may have been in force before.
+fn untold(unclaimed: Vec<String>, before: Option<&Force>) -> BTreeSet<String> {
+    let unclaimed = unclaimed.into_iter();
+    match before {
+        Some(before) if before.complete => unclaimed
+            .filter(|each| before.untold.contains(each))
+            .collect(),
+        Some(_) | None => unclaimed.collect(),
+    }
+}
+
+fn unread_folders(registry: &Registry) -> Vec<String> {
+    let unread = registry.unread.iter();
+    unread
+        .filter(|unread| unread.folder && unread.kind == SourceKind::Agent)
+        .map(|unread| unread.path.display().to_string())
+        .collect()
 }
 
 /// Agents whose files are there and cannot be used, with the reason.
@@ -188,28 +402,123 @@ fn stem(unread: &Unread) -> Option<String> {
         .map(|stem| stem.to_string_lossy().into_owned())
 }
 
-fn keep(known: &InForce, why: String, on_bad: OnBadRegistry, revision: u64) -> InForce {
-    match on_bad {
-        OnBadRegistry::Keep => InForce {
-            kept: Some(format!(
-                "its file cannot be used, so the last good entry holds: {why}"
-            )),
-            ..known.clone()
-        },
-        OnBadRegistry::Deny => {
-            let mut tables = (*known.tables).clone();
-            // A draft reaches nothing, which is what the settings ask for here.
-            tables.state = State::Draft;
-            InForce {
-                tables: Arc::new(tables),
-                revision,
-                kept: Some(format!("its file cannot be used, so it is denied: {why}")),
-            }
+fn keep(known: &InForce, why: &str, on_bad: OnBadRegistry, revision: u64) -> InForce {
+    let (denied, so) = match (known.torn, on_bad) {
+        (true, _) => (true, "and its last good entry is lost, so it is denied"),
+        (false, OnBadRegistry::Keep) => (false, "so the last good entry holds"),
+        (false, OnBadRegistry::Deny) => (true, "so it is denied"),
+    };
+    InForce {
+        kept: Some(format!("its file cannot be used, {so}: {why}")),
+        torn: known.torn,
+        denied,
+        ..InForce::new(Arc::clone(&known.entry), revision)
+    }
+}
+
+/// How much a state takes away; of two that apply the stricter counts.
+const fn strictness(state: State) -> u8 {
+    match state {
+        State::Active => 0,
+        State::Draft | State::Unregistered => 1,
+        State::Suspended => 2,
+        State::Revoked => 3,
+    }
+}
+
+impl InForce {
+    fn new(entry: Arc<AgentTables>, revision: u64) -> Self {
+        Self {
+            tables: Arc::clone(&entry),
+            entry,
+            revision,
+            kept: None,
+            hold: None,
+            torn: false,
+            denied: false,
         }
+    }
+
+    /// This agent with that hold and no other.
+    fn held(mut self, hold: Option<Hold>) -> Self {
+        // A draft reaches nothing, which is what the settings ask for where a file is bad.
+        let denied = self.denied.then_some(State::Draft);
+        let held = hold.as_ref().map(|hold| hold.state.state());
+        let state = [denied, held]
+            .into_iter()
+            .flatten()
+            .fold(self.entry.state, |one, other| {
+                if strictness(other) > strictness(one) {
+                    other
+                } else {
+                    one
+                }
+            });
+        self.tables = if state == self.entry.state {
+            Arc::clone(&self.entry)
+        } else {
+            Arc::new(AgentTables {
+                state,
+                ..(*self.entry).clone()
+            })
+        };
+        self.hold = hold;
+        self
+    }
+
+    /// With the revision of `known`, if this is the same.
+    fn since(mut self, known: Option<&Self>) -> Self {
+        if let Some(known) = known
+            && known.tables == self.tables
+            && known.hold == self.hold
+            && (known.kept.is_none() || self.kept.is_some())
+        {
+            self.revision = known.revision;
+        }
+        self
+    }
+
+    /// What tells later whether the entry was approved again; none if the entry is lost.
+    pub fn approval(&self) -> Option<Approval> {
+        (!self.torn).then(|| Approval::of(&self.entry))
     }
 }
 
 impl Force {
+    /// The same registry with these holds laid over instead. The revision goes up if any agent
+    /// changed.
+    pub fn held(&self, holds: &Holds) -> Self {
+        let revision = self.revision + 1;
+        let agents: BTreeMap<String, InForce> = self
+            .agents
+            .iter()
+            .map(|(id, known)| {
+                let next = InForce {
+                    revision,
+                    ..known.clone()
+                };
+                let next = next.held(holds.get(id).cloned());
+                (id.clone(), next.since(Some(known)))
+            })
+            .collect();
+        let changed = agents.values().any(|agent| agent.revision == revision);
+        Self {
+            revision: if changed { revision } else { self.revision },
+            agents,
+            lifted: Vec::new(),
+            settled: Vec::new(),
+            ..self.clone()
+        }
+    }
+
+    /// What of it goes into the store.
+    pub fn records(&self) -> impl Iterator<Item = Record<'_>> {
+        self.agents.values().map(|agent| Record {
+            tables: &agent.entry,
+            torn: agent.torn,
+        })
+    }
+
     /// Everything in the kernel's terms.
     pub fn images(&self, clock: &Clock) -> Vec<Image> {
         std::iter::once(&self.unregistered)

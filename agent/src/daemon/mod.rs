@@ -15,7 +15,7 @@ mod core;
 mod detach;
 mod endings;
 mod files;
-mod force;
+pub mod force;
 mod lock;
 mod recorder;
 pub mod registry;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use tracing::{error, info};
 
 use super::{
-    core::{Core, all, selectors},
+    core::{Core, all, selectors, stance},
     force::{self, Unusable},
     registry, selftest,
     time::wall_millis,
 };
-use crate::{audit::Decision, policy};
+use crate::{audit::Decision, policy, state::Holds};
 
 impl Core {
     /// Compiles the registry and swaps it in. Whatever cannot be used leaves in force what is.
@@ -45,13 +45,12 @@ impl Core {
     fn try_reload(&mut self) -> Result<Vec<String>, String> {
         let files = registry::read(&self.settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
-        let enforcement = &self.settings.enforcement;
         let next = force::merge(
             &files,
             compiled,
             Some(&self.force),
-            enforcement.on_bad_registry,
-            enforcement.unregistered,
+            &Holds::default(),
+            stance(&self.settings),
         )
         .map_err(|unusable: Unusable| unusable.to_string())?;
         // What was held back a second ago for running programs can go now, and make room.

@@ -84,7 +84,13 @@ pub(super) fn tables(
         id: agent.id.to_string(),
         name: agent.name.clone(),
         owner: agent.owner.clone(),
+        approved_by: agent.lifecycle.approved_by.clone(),
         approval_ref: agent.lifecycle.approval_ref.clone(),
+        approved_hash: agent
+            .lifecycle
+            .approved_hash
+            .as_ref()
+            .map(|(hash, _)| hash.clone()),
         file: file.source.path.clone(),
         hash: String::new(),
         state: agent.lifecycle.state,
@@ -134,7 +140,9 @@ pub(super) fn unregistered(around: &Surroundings<'_>) -> AgentTables {
         id: UNREGISTERED_ID.into(),
         name: "Processes that no agent claims".into(),
         owner: String::new(),
+        approved_by: None,
         approval_ref: None,
+        approved_hash: None,
         file: PathBuf::new(),
         hash: canonical.hash(),
         state: State::Unregistered,

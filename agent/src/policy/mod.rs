@@ -29,6 +29,7 @@ mod net;
 mod reader;
 mod selector;
 mod source;
+mod stored;
 pub mod tables;
 mod validate;
 
@@ -43,4 +44,5 @@ pub use name::{Depth, HostPattern, Id};
 pub use net::{Cidr, CidrError, PortError, PortSpec, Ports};
 pub use selector::{Selector, SelectorError};
 pub use source::{Source, SourceKind, Span};
+pub use stored::PrefixError;
 pub use tables::{AgentTables, Entry, Placed, Prefix, Scope, TimedRule, UnixMillis};

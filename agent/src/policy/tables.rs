@@ -5,6 +5,9 @@
 use std::{net::IpAddr, path::PathBuf};
 
 use agent_ebpf::abi::{Addr, Class, Effect, Loopback, Mode, State};
+use serde::{Deserialize, Serialize};
+
+use super::stored;
 
 /// A prefix of the one address space, where IPv4 is `::ffff:0:0/96`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,25 +23,30 @@ pub type UnixMillis = i64;
 
 /// One port interval at one prefix. Within a [`Placed`] at most one rule matches any class and
 /// port.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TimedRule {
     /// Protocol class; none means all of them.
+    #[serde(with = "stored::class")]
     pub class: Option<Class>,
     /// First port (0 for classes without ports).
     pub low: u16,
     /// Last port, inclusive (65535 for classes without ports).
     pub high: u16,
     /// What it does.
+    #[serde(with = "stored::effect")]
     pub effect: Effect,
     /// Index into [`AgentTables::entries`].
     pub entry: u32,
     /// End of an allow; none means without end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<UnixMillis>,
 }
 
 /// The rules of a prefix, those inherited from shorter prefixes included: the longest match alone
 /// decides. No rules means that nothing is said there, though a shorter prefix may say something.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Placed {
     /// Where.
     pub prefix: Prefix,
@@ -47,7 +55,8 @@ pub struct Placed {
 }
 
 /// A scope, sorted by address and length.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Scope {
     /// Destinations.
     pub reach: Vec<Placed>,
@@ -56,7 +65,8 @@ pub struct Scope {
 }
 
 /// Where an entry of a scope comes from, for logs and `explain`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Entry {
     /// Stable name within the agent: `scope.allow[0]`, `scope.deny[1]`, `scope.serve[0]`,
     /// `set:github.allow[3]`, `floor.deny[0]`, `floor.builtin[2]`.
@@ -72,7 +82,8 @@ pub struct Entry {
 }
 
 /// One agent's entry, checked and lowered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AgentTables {
     /// `agent.id`.
     pub id: String,
@@ -80,17 +91,25 @@ pub struct AgentTables {
     pub name: String,
     /// `agent.owner`.
     pub owner: String,
+    /// `lifecycle.approved_by`.
+    pub approved_by: Option<String>,
     /// `lifecycle.approval_ref`.
     pub approval_ref: Option<String>,
+    /// `lifecycle.approved_hash`, as written.
+    pub approved_hash: Option<String>,
     /// The file it came from.
+    #[serde(with = "stored::path")]
     pub file: PathBuf,
     /// `sha256:` and 64 hex digits over the entry and all that it includes (sets, floor).
     pub hash: String,
     /// Lifecycle state.
+    #[serde(with = "stored::state")]
     pub state: State,
     /// Enforce or monitor.
+    #[serde(with = "stored::mode")]
     pub mode: Mode,
     /// What is reachable on loopback without a grant.
+    #[serde(with = "stored::loopback")]
     pub loopback: Loopback,
     /// `agent_ebpf::abi::SOCKETS_*` bits.
     pub sockets: u8,
@@ -136,7 +155,9 @@ impl AgentTables {
             id: String::new(),
             name: String::new(),
             owner: String::new(),
+            approved_by: None,
             approval_ref: None,
+            approved_hash: None,
             file: PathBuf::new(),
             hash: String::new(),
             state: State::Draft,
