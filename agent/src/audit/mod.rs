@@ -3,7 +3,7 @@
 //! | module    | promises |
 //! |-----------|----------|
 //! | `record`  | a violation as one OCSF value; pure |
-//! | `decided` | daemon and registry events as OCSF values; pure |
+//! | `decided` | what was decided about agents and by the daemon, as OCSF values; pure |
 //! | `line`    | the one line that a person reads, derived from the value; pure |
 //! | `ledger`  | how many attempts each line stands for, so that sums are exact; pure |
 //! | `text`    | bytes that an agent chose, made harmless; pure |
@@ -27,7 +27,10 @@ pub mod tail;
 pub mod text;
 pub mod writer;
 
-pub use decided::{Decided, Decision};
+pub use decided::{
+    Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Damaged, Decided, Decision,
+    Difference, Drifted, FenceLifted, Lifecycle, Mending, Refenced, Succession, Tables,
+};
 pub use ledger::{Allowance, Key, Ledger, Owed, Residual};
 pub use line::human;
 pub use ocsf::{Code, Host, LogName};

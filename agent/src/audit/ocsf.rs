@@ -44,14 +44,46 @@ codes! {
     Monitored = "RM1002", Violations, "attempt let through by monitor mode";
     /// Attempts whose details were lost.
     Dropped = "RM1003", Violations, "attempts without details";
+    /// An agent was suspended.
+    AgentSuspended = "RM2001", Audit, "agent suspended";
+    /// A suspension ended.
+    AgentResumed = "RM2002", Audit, "agent resumed";
+    /// An agent was revoked.
+    AgentRevoked = "RM2003", Audit, "agent revoked";
+    /// A revoked agent's file changed and is approved again.
+    RevocationLifted = "RM2004", Audit, "revocation lifted";
+    /// A change of an agent's lifecycle was refused.
+    LifecycleRefused = "RM2005", Audit, "lifecycle change refused";
+    /// The kernel does not have what the registry says.
+    DriftFound = "RM3001", Audit, "drift found";
+    /// It has again.
+    DriftMended = "RM3002", Audit, "drift mended";
+    /// It could not be put right.
+    DriftStands = "RM3003", Audit, "drift not mended";
+    /// A state file is torn or was tampered with.
+    StateDamaged = "RM3004", Audit, "state file damaged";
+    /// The wall clock is behind the latest time ever seen.
+    ClockBehind = "RM3005", Audit, "wall clock behind";
     /// A registry is in force.
     RegistryLoaded = "RM4001", Audit, "registry loaded";
     /// A registry, or files of it, were refused.
     RegistryRefused = "RM4002", Audit, "registry refused";
+    /// The wall clock was set while the daemon ran.
+    ClockStepped = "RM4003", Audit, "wall clock stepped";
+    /// A wall clock that is behind the latest time ever seen was accepted.
+    ClockAccepted = "RM4004", Audit, "wall clock accepted";
     /// The daemon enforces.
     DaemonStarted = "RM9001", Audit, "daemon started";
     /// The daemon ends; what is enforced stays enforced.
     DaemonStopped = "RM9002", Audit, "daemon stopped";
+    /// The fence was taken down on purpose.
+    FenceLifted = "RM9003", Audit, "fence lifted";
+    /// A daemon took over the fence of the one before.
+    FenceTakenOver = "RM9004", Audit, "fence taken over";
+    /// A root that had lost its fence has one again.
+    RootFenced = "RM9005", Audit, "root fenced again";
+    /// A root that has lost its fence could not be fenced again.
+    RootNotFenced = "RM9006", Audit, "root not fenced";
 }
 
 /// A log, and the stem of its file's name.
@@ -127,6 +159,8 @@ impl Host {
 /// OCSF classes used, each with its category.
 #[derive(Clone, Copy)]
 pub(super) enum Class {
+    DetectionFinding,
+    EntityManagement,
     NetworkActivity,
     DeviceConfigStateChange,
     ApplicationLifecycle,
@@ -135,6 +169,8 @@ pub(super) enum Class {
 impl Class {
     const fn uid(self) -> u64 {
         match self {
+            Self::DetectionFinding => 2004,
+            Self::EntityManagement => 3004,
             Self::NetworkActivity => 4001,
             Self::DeviceConfigStateChange => 5019,
             Self::ApplicationLifecycle => 6002,
@@ -143,6 +179,8 @@ impl Class {
 
     const fn name(self) -> &'static str {
         match self {
+            Self::DetectionFinding => "Detection Finding",
+            Self::EntityManagement => "Entity Management",
             Self::NetworkActivity => "Network Activity",
             Self::DeviceConfigStateChange => "Device Config State Change",
             Self::ApplicationLifecycle => "Application Lifecycle",
@@ -151,6 +189,8 @@ impl Class {
 
     const fn category(self) -> (u64, &'static str) {
         match self {
+            Self::DetectionFinding => (2, "Findings"),
+            Self::EntityManagement => (3, "Identity & Access Management"),
             Self::NetworkActivity => (4, "Network Activity"),
             Self::DeviceConfigStateChange => (5, "Discovery"),
             Self::ApplicationLifecycle => (6, "Application Activity"),
@@ -159,10 +199,10 @@ impl Class {
 
     const fn profiles(self) -> &'static [&'static str] {
         match self {
-            Self::NetworkActivity | Self::ApplicationLifecycle => {
+            Self::EntityManagement | Self::NetworkActivity | Self::ApplicationLifecycle => {
                 &["host", "security_control", "ai_operation"]
             }
-            Self::DeviceConfigStateChange => &["host", "security_control"],
+            Self::DetectionFinding | Self::DeviceConfigStateChange => &["host", "security_control"],
         }
     }
 }
@@ -187,6 +227,39 @@ impl Severity {
     }
 }
 
+/// What became of what an event tells of. Findings count otherwise than all other classes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Status {
+    Success,
+    Failure,
+    /// Of a finding: nothing was done about it yet.
+    New,
+    /// Of a finding: it stands, and is being worked at.
+    InProgress,
+    /// Of a finding: it stands no more.
+    Resolved,
+}
+
+impl Status {
+    pub(super) const fn of(success: bool) -> Self {
+        if success {
+            Self::Success
+        } else {
+            Self::Failure
+        }
+    }
+
+    const fn pair(self) -> (u64, &'static str) {
+        match self {
+            Self::Success => (1, "Success"),
+            Self::Failure => (2, "Failure"),
+            Self::New => (1, "New"),
+            Self::InProgress => (2, "In Progress"),
+            Self::Resolved => (4, "Resolved"),
+        }
+    }
+}
+
 /// The start of every event.
 pub(super) struct Envelope {
     pub(super) code: Code,
@@ -194,8 +267,8 @@ pub(super) struct Envelope {
     /// Id and caption within the class.
     pub(super) activity: (u64, &'static str),
     pub(super) severity: Severity,
-    /// Whether what the event tells of succeeded.
-    pub(super) success: bool,
+    /// What became of what the event tells of.
+    pub(super) status: Status,
     /// Milliseconds since the Unix epoch.
     pub(super) time: i64,
     /// What of Remit saw it: name and id.
@@ -209,11 +282,7 @@ impl Envelope {
         let (activity, activity_name) = self.activity;
         let (severity, severity_name) = self.severity.pair();
         let (class, class_name) = (self.class.uid(), self.class.name());
-        let (status, status_name) = if self.success {
-            (1, "Success")
-        } else {
-            (2, "Failure")
-        };
+        let (status, status_name) = self.status.pair();
         let fields = [
             ("time", json!(self.time)),
             ("message", json!(self.message)),

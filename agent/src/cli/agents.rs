@@ -2,6 +2,7 @@
 
 use super::{
     Global, format,
+    lifecycle::hold_line,
     outcome::{Outcome, Result},
     output::{Columns, Output, Tone, plain, plain_lines},
 };
@@ -78,6 +79,12 @@ fn one(agent: &Agent, output: &Output) -> Result<()> {
     ];
     for (name, value) in lines {
         output.line(format_args!("  {name:<11} {}", plain(&value)))?;
+    }
+    if let Some(hold) = &agent.hold {
+        output.line(format_args!(
+            "  {}",
+            output.paint(Tone::Bad, &hold_line(hold))
+        ))?;
     }
     if let Some(finding) = &agent.finding {
         let mark = output.paint(Tone::Bad, "last good entry kept:");

@@ -19,8 +19,8 @@ pub(super) struct Arguments {
     /// trace.
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = KernelLog::Off)]
     kernel_log: KernelLog,
-    /// Lift the fence that a stopped daemon left in force: the only way to stop enforcing. Asks
-    /// twice.
+    /// Lift the fence that a stopped daemon left in force: the only way to stop enforcing. For root
+    /// alone; asks twice, and is written to the audit log.
     #[arg(long)]
     detach_all: bool,
     /// Don't ask.
@@ -55,6 +55,9 @@ impl KernelLog {
 pub(super) fn run(global: &Global, arguments: &Arguments) -> Result {
     let settings = global.settings()?;
     if arguments.detach_all {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Failure::no("only root may lift the fence").help("try sudo"));
+        }
         if !arguments.yes && !confirmed()? {
             return Err(Failure::no("nothing was lifted"));
         }

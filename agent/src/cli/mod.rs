@@ -8,8 +8,10 @@ mod daemon;
 mod destination;
 mod explain;
 mod format;
+mod lifecycle;
 mod outcome;
 mod output;
+mod reconcile;
 mod reload;
 mod run;
 mod status;
@@ -30,7 +32,7 @@ use crate::{
 
 /// Makes an AI agent's registry entry what the kernel enforces.
 ///
-/// Exit codes: 0 done, allowed, valid, healthy; 1 the answer is no (denied, invalid, not
+/// Exit codes: 0 done, allowed, valid, healthy; 1 the answer is no (denied, invalid, drift, not
 /// enforcing); 2 wrong usage; 3 it could not be told (no daemon, for example).
 #[derive(Debug, Parser)]
 #[command(name = "remit", version, arg_required_else_help = true)]
@@ -73,8 +75,16 @@ enum Command {
     Agents(agents::Arguments),
     /// Print violations, one line each.
     Tail(tail::Arguments),
+    /// Take everything from an agent until it is resumed: at once, also from open connections.
+    Suspend(lifecycle::Hold),
+    /// End a suspension.
+    Resume(lifecycle::Resume),
+    /// Take everything from an agent until its file changes and is approved again.
+    Revoke(lifecycle::Hold),
     /// Compile the registry and swap it in.
-    Reload,
+    Reload(reload::Arguments),
+    /// Compare the registry with what the kernel has, and list each difference.
+    Reconcile(reconcile::Arguments),
     /// Print a completion script for a shell.
     Completions(support::Completions),
     /// Print the manual page.
@@ -115,7 +125,11 @@ impl Global {
             Command::Status => status::run(self, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
-            Command::Reload => reload::run(self, &output),
+            Command::Suspend(arguments) => lifecycle::suspend(self, arguments, &output),
+            Command::Resume(arguments) => lifecycle::resume(self, arguments, &output),
+            Command::Revoke(arguments) => lifecycle::revoke(self, arguments, &output),
+            Command::Reload(arguments) => reload::run(self, &arguments, &output),
+            Command::Reconcile(arguments) => reconcile::run(self, &arguments, &output),
             Command::Completions(arguments) => support::completions(&arguments, &output),
             Command::Man(arguments) => support::man(&arguments, &output),
         }

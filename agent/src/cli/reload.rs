@@ -5,10 +5,22 @@ use super::{
     outcome::{Outcome, Result},
     output::{Output, Tone, plain, plain_lines},
 };
-use crate::control::protocol::Reload;
+use crate::control::protocol::{Reload, ReloadRequest};
 
-pub(super) fn run(global: &Global, output: &Output) -> Result {
-    let reload: Reload = global.client()?.post("/reload")?;
+/// Arguments of `remit reload`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Take the wall clock as it is now, although it is behind the latest time ever seen. Grants
+    /// that had expired could come back.
+    #[arg(long)]
+    accept_clock: bool,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
+    let request = ReloadRequest {
+        accept_clock: arguments.accept_clock,
+    };
+    let reload: Reload = global.client()?.post_json("/reload", &request)?;
     let outcome = Outcome::of(reload.ok);
     if output.wants_json() {
         output.json(&reload)?;
@@ -30,6 +42,10 @@ pub(super) fn run(global: &Global, output: &Output) -> Result {
     if !reload.kept.is_empty() {
         let kept = output.paint(Tone::Bad, "last good entry kept");
         output.line(format_args!("{kept}: {}", names(&reload.kept)))?;
+    }
+    if reload.closed > 0 {
+        let closed = format::count(reload.closed, "connection");
+        output.line(format_args!("{closed} closed, no grant is left for them"))?;
     }
     Ok(outcome)
 }

@@ -3,10 +3,11 @@
 
 use super::{
     Global, format,
+    lifecycle::hold_line,
     outcome::{Outcome, Result},
     output::{Columns, Output, Tone, plain, plain_lines},
 };
-use crate::control::protocol::{AgentStatus, Guard, GuardState, Posture, Status};
+use crate::control::protocol::{AgentStatus, DriftSummary, Guard, GuardState, Posture, Status};
 
 pub(super) fn run(global: &Global, output: &Output) -> Result {
     let status: Status = global.client()?.get("/status")?;
@@ -49,10 +50,30 @@ fn print(status: &Status, output: &Output) -> Result<()> {
         format::count(status.registry.errors, "error"),
         format::count(status.registry.warnings, "warning"),
     ))?;
+    output.line(drift(&status.drift, output))?;
     for finding in &status.findings {
         output.line(format_args!("\n{}", plain_lines(finding)))?;
     }
     Ok(())
+}
+
+fn drift(drift: &DriftSummary, output: &Output) -> String {
+    let Some(checked) = drift.checked_ms else {
+        return "drift: registry and kernel were not compared yet".to_owned();
+    };
+    let mut line = match drift.open {
+        0 => "drift: none".to_owned(),
+        open => {
+            let open = format!("{} unmended", format::count(open, "difference"));
+            format!("drift: {}", output.paint(Tone::Bad, &open))
+        }
+    };
+    line.push_str(&format!(", compared {}", format::time(checked)));
+    if let Some(last) = drift.last_ms {
+        let (found, last) = (drift.found, format::time(last));
+        line.push_str(&format!("; {found} found since the start, the last {last}"));
+    }
+    line
 }
 
 fn guards(guards: &[Guard]) -> Columns {
@@ -105,10 +126,13 @@ fn agents(agents: &[AgentStatus]) -> Columns {
     columns
 }
 
-/// What does not fit into a column: cgroups, reasons, the last violation, a kept entry.
+/// What does not fit into a column: who holds it, cgroups, reasons, the last violation, a kept entry.
 fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
     for agent in agents {
         let mut lines = Vec::new();
+        if let Some(hold) = &agent.hold {
+            lines.push(output.paint(Tone::Bad, &hold_line(hold)));
+        }
         for cgroup in &agent.cgroups {
             let (path, processes) = (plain(&cgroup.path), cgroup.processes);
             lines.push(format!("cgroup {path}, processes: {processes}"));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use agent_ebpf::abi::{self, Addr, Loopback, NEVER, NO_ENTRY, Reason};
+use agent_ebpf::abi::{self, Addr, Loopback, NEVER, NO_ENTRY, Reason, State};
 
 use super::{
     core::{Core, boot_now},
@@ -16,8 +16,8 @@ use crate::{
         Call, Caller, Request,
         protocol::{
             Agent, AgentStatus, Agents, Answer, Cgroup, Code, DriftSummary, Entry, Explain, Guard,
-            GuardState, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, RunRequest,
-            Source, Status,
+            GuardState, HoldInfo, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant,
+            RunRequest, Source, Status,
         },
     },
     policy::{self, AgentTables},
@@ -220,6 +220,7 @@ impl Core {
         status.cgroups = cgroups;
         status.processes = processes;
         status.finding = agent.kept.clone();
+        status.hold = held(agent);
         Some(status)
     }
 
@@ -461,6 +462,7 @@ impl Core {
                     .to_owned(),
             };
         };
+        let hold = held(&agent);
         let tables = agent.tables;
         let approval = tables
             .approval_ref
@@ -469,18 +471,13 @@ impl Core {
                 format!(" (approval reference {reference})")
             });
         Myself {
-            advice: format!(
-                "Only the destinations under `scope` can be reached. A refusal is permanent until \
-                 the scope changes: do not retry, do not look for another way; ask {}{approval} \
-                 and name the destination, the port and the purpose.",
-                tables.owner
-            ),
+            advice: advice(tables.state, hold.as_ref(), &tables.owner, &approval),
             agent: Some(id.clone()),
             name: Some(tables.name.clone()),
             owner: Some(tables.owner.clone()),
             approval_ref: tables.approval_ref.clone(),
             state: tables.state.name().to_owned(),
-            hold: None,
+            hold,
             mode: tables.mode.name().to_owned(),
             expires_ms: tables.expires,
             cgroup,
@@ -490,6 +487,36 @@ impl Core {
             denials: self.recorder.denials(&id),
         }
     }
+}
+
+/// What a process inside the fence is to do, by its agent's state.
+fn advice(state: State, hold: Option<&HoldInfo>, owner: &str, approval: &str) -> String {
+    if let Some(hold) = hold {
+        return format!(
+            "This agent was {} by {}, so nothing can be reached: {}. Do not retry, do not look for \
+             another way; ask {owner}{approval}.",
+            hold.state,
+            hold.by,
+            hold.reason.trim_end_matches('.')
+        );
+    }
+    match state {
+        State::Active => format!(
+            "Only the destinations under `scope` can be reached. A refusal is permanent until the \
+             scope changes: do not retry, do not look for another way; ask {owner}{approval} and \
+             name the destination, the port and the purpose."
+        ),
+        State::Draft | State::Suspended | State::Revoked | State::Unregistered => format!(
+            "This agent's registration is {}, so nothing can be reached. Do not retry, do not look \
+             for another way; ask {owner}{approval}.",
+            state.name()
+        ),
+    }
+}
+
+/// Who suspended or revoked an agent. Nobody can yet.
+fn held(_agent: &InForce) -> Option<HoldInfo> {
+    None
 }
 
 fn not_yet(what: &str) -> Refusal {
@@ -518,7 +545,7 @@ fn entry(agent: &InForce) -> Agent {
         selectors: tables.selectors.clone(),
         entries: tables.entries.iter().map(written).collect(),
         finding: agent.kept.clone(),
-        hold: None,
+        hold: held(agent),
     }
 }
 

@@ -239,6 +239,7 @@ impl Core {
                 revision,
                 agents,
                 warnings,
+                closed: 0,
             });
         } else {
             let agents = self.force.bad.clone();
@@ -247,6 +248,7 @@ impl Core {
                 revision,
                 agents,
                 errors,
+                closed: 0,
             });
         }
     }

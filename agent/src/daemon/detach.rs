@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use super::{DaemonError, settings::Settings, time::wall_millis};
 use crate::{
-    audit::{Decided, Decision, Limits, Log, LogName},
+    audit::{Actor, Decided, Decision, FenceLifted, Limits, Log, LogName},
     kernel,
 };
 
-/// Removes every pin below the settings' bpffs folder and writes it to the audit log.
+/// Removes every pin below the settings' bpffs folder and writes it to the audit log, also where it
+/// fails halfway.
 pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
     let limits = Limits {
         max_size: settings.log.max_size,
@@ -16,20 +17,34 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
         retention: settings.log.retention,
     };
     let mut audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
-    let removed =
-        kernel::detach_pinned(&settings.paths.bpffs).map_err(|source| DaemonError::System {
-            what: "remove the pins that hold the fence",
-            source,
-        })?;
+    let removed = kernel::detach_pinned(&settings.paths.bpffs);
     let host = crate::audit::Host::read();
     let decided = Decided {
         time: wall_millis(),
-        what: Decision::Stopped {
-            pid: std::process::id(),
-            reason: "--detach-all: the fence was lifted".to_owned(),
-            revision: 0,
-        },
+        what: Decision::FenceLifted(FenceLifted {
+            by: Actor::Caller {
+                uid: nix::unistd::getuid().as_raw(),
+                pid: i32::try_from(std::process::id()).ok(),
+            },
+            login_uid: login_uid(),
+            removed: removed
+                .iter()
+                .flatten()
+                .map(|path| path.display().to_string())
+                .collect(),
+            error: removed.as_ref().err().map(ToString::to_string),
+        }),
     };
     audit.append(|sequence| decided.to_ocsf(&host, sequence))?;
-    Ok(removed)
+    removed.map_err(|source| DaemonError::System {
+        what: "remove the pins that hold the fence",
+        source,
+    })
+}
+
+/// Who logged in, as the kernel's audit keeps it through sudo and su; none where nobody did, as for
+/// services, or where the kernel keeps none.
+fn login_uid() -> Option<u32> {
+    let text = std::fs::read_to_string("/proc/self/loginuid").ok()?;
+    text.trim().parse().ok().filter(|uid| *uid != u32::MAX)
 }

@@ -36,6 +36,7 @@ impl Core {
                     revision,
                     agents: Vec::new(),
                     errors: vec![why.clone()],
+                    closed: 0,
                 });
             }
         }

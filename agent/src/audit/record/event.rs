@@ -10,7 +10,7 @@ use super::{
     words::{detail, protocol_name, socket_type_name},
 };
 use crate::audit::{
-    ocsf::{Class, Code, Envelope, Host, Severity, put, rfc3339},
+    ocsf::{Class, Code, Envelope, Host, Severity, Status, put, rfc3339},
     text::{COMMAND_BYTES, NAME_BYTES, PATH_BYTES, clean},
 };
 
@@ -29,7 +29,7 @@ impl Violation {
             class: Class::NetworkActivity,
             activity: activity(self.verdict),
             severity,
-            success: self.verdict == Verdict::Monitored,
+            status: Status::of(self.verdict == Verdict::Monitored),
             time: self.time,
             feature: ("egress", self.hook.name()),
             message: format!(
@@ -210,7 +210,7 @@ impl Dropped {
             class: Class::NetworkActivity,
             activity: activity(self.verdict),
             severity: Severity::Medium,
-            success: self.verdict == Verdict::Monitored,
+            status: Status::of(self.verdict == Verdict::Monitored),
             time: self.time,
             feature: ("egress", "ledger"),
             message: format!(
