@@ -37,13 +37,12 @@ impl Core {
             Request::Explain(question, reply) => drop(reply.send(self.explain(question))),
             Request::Run(request, reply) => drop(reply.send(self.run(&request))),
             Request::Myself(reply) => drop(reply.send(Ok(self.myself(&call.caller)))),
-            Request::Reload(_, reply) => {
-                drop(reply.send(self.reload_on_request()));
+            Request::Reload(request, reply) => {
+                drop(reply.send(self.reload_on_request(&call.caller, request.accept_clock)));
                 return true;
             }
-            Request::Hold(_, reply) | Request::Resume(_, reply) => {
-                drop(reply.send(Err(not_yet("hold or release an agent"))));
-            }
+            Request::Hold(request, reply) => self.answer_hold(&call.caller, &request, reply),
+            Request::Resume(request, reply) => self.answer_resume(&call.caller, &request, reply),
             Request::Reconcile { reply, .. } => {
                 drop(reply.send(Err(not_yet("compare registry and kernel"))));
             }
@@ -51,18 +50,27 @@ impl Core {
         false
     }
 
-    fn reload_on_request(&mut self) -> Result<Reload, Refusal> {
+    fn reload_on_request(
+        &mut self,
+        caller: &Caller,
+        accept_clock: bool,
+    ) -> Result<Reload, Refusal> {
+        if accept_clock && let Err(why) = self.accept_clock(caller) {
+            let message = format!("the wall clock could not be accepted: {why}");
+            return Err(Refusal::new(Code::Internal, message));
+        }
         match self.reload() {
             Ok(changed) => Ok(Reload {
                 revision: self.force.revision,
                 changed: changed
+                    .agents
                     .into_iter()
                     .filter(|id| id != policy::UNREGISTERED_ID)
                     .collect(),
                 kept: self.force.bad.clone(),
                 findings: self.force.findings.clone(),
                 ok: self.force.errors == 0,
-                closed: 0,
+                closed: changed.closed,
             }),
             Err(why) => Ok(Reload {
                 revision: self.force.revision,
@@ -273,7 +281,7 @@ impl Core {
         }
     }
 
-    fn processes(&self, path: &CgroupPath) -> u64 {
+    pub(super) fn processes(&self, path: &CgroupPath) -> u64 {
         self.hierarchy
             .processes(path, true)
             .map_or(0, |found| found.len() as u64)
@@ -514,9 +522,25 @@ fn advice(state: State, hold: Option<&HoldInfo>, owner: &str, approval: &str) ->
     }
 }
 
-/// Who suspended or revoked an agent. Nobody can yet.
-fn held(_agent: &InForce) -> Option<HoldInfo> {
-    None
+/// What an agent is suspended or revoked by, besides its file.
+fn held(agent: &InForce) -> Option<HoldInfo> {
+    let hold = agent.hold.as_ref()?;
+    let user = |uid: u32| {
+        let known = nix::unistd::User::from_uid(uid.into()).ok().flatten();
+        known.map_or_else(|| format!("user {uid}"), |user| user.name)
+    };
+    let by = match (hold.by.uid, hold.by.pid) {
+        (Some(uid), Some(pid)) => format!("{} (pid {pid})", user(uid)),
+        (Some(uid), None) => user(uid),
+        (None, _) => "remit".to_owned(),
+    };
+    Some(HoldInfo {
+        state: hold.state.name().to_owned(),
+        reason: hold.reason.clone(),
+        by,
+        since_ms: hold.since_ms,
+        frozen: hold.frozen,
+    })
 }
 
 fn not_yet(what: &str) -> Refusal {

@@ -6,7 +6,9 @@ use tracing::{error, info, warn};
 
 use super::{
     DaemonError, Options,
+    endings::Endings,
     force::{self, Force, Stance},
+    keeping::clocks_before,
     lock::RootLock,
     recorder::{Recorder, Sink},
     registry,
@@ -18,7 +20,7 @@ use crate::{
     cgroup::{CgroupPath, Hierarchy, Selectors},
     kernel::{self, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
     policy::{self, UnixMillis},
-    state::Holds,
+    state::{Damage, Holds, Store},
 };
 
 /// Everything.
@@ -35,6 +37,12 @@ pub struct Core {
     pub(super) offset: Offset,
     pub(super) selectors: Arc<Selectors>,
     pub(super) locks: Vec<RootLock>,
+    pub(super) store: Store,
+    pub(super) holds: Holds,
+    pub(super) endings: Endings,
+    /// Seconds since the clocks were written down.
+    pub(super) clock_age: u32,
+    damage: Vec<Damage>,
     audit: Log,
     adopted: bool,
 }
@@ -81,11 +89,19 @@ impl Core {
             return Err(DaemonError::Containment);
         }
         let hierarchy = hierarchy(settings)?;
-        let offset = Offset::read();
+        let mut store = Store::open(&settings.paths.state, &settings.paths.registry);
+        let loaded = store.load(wall_millis());
+        let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
         let files = registry::read(&settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
         let enforcement = &settings.enforcement;
-        let force = force::start(&files, compiled, None, &Holds::default(), stance(settings))?;
+        let force = force::start(
+            &files,
+            compiled,
+            loaded.registry.as_ref(),
+            &loaded.holds,
+            stance(settings),
+        )?;
         let images = force.images(&offset.clock());
 
         let tuning = Tuning {
@@ -143,7 +159,16 @@ impl Core {
             audit,
             adopted,
             locks,
+            store,
+            holds: loaded.holds,
+            endings: Endings::default(),
+            clock_age: 0,
+            damage: loaded.damage,
         };
+        for error in loaded.unwritten {
+            core.kept("state-holds", "state", Err(error));
+        }
+        core.expect_endings();
         core.attribute()?;
         for root in core.roots.clone() {
             let directory = core.hierarchy.directory(&root);
@@ -191,13 +216,20 @@ impl Core {
             revision,
             adopted,
         });
-        self.decide_loaded();
+        self.decide_loaded(0);
+        let damage = std::mem::take(&mut self.damage);
+        self.damaged(&damage);
+        self.watch_lead(true);
+        self.keep();
+        // What was in force before may have granted more.
+        self.close_unreachable(None);
     }
 
     /// Writes the end down. The fence stays.
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
+        self.keep_clock();
         let revision = self.force.revision;
         self.decide(Decision::Stopped {
             pid: std::process::id(),
@@ -230,7 +262,7 @@ impl Core {
         }
     }
 
-    pub(super) fn decide_loaded(&mut self) {
+    pub(super) fn decide_loaded(&mut self, closed: u64) {
         let revision = self.force.revision;
         if self.force.bad.is_empty() && self.force.errors == 0 {
             let agents = self.force.agents.len();
@@ -239,7 +271,7 @@ impl Core {
                 revision,
                 agents,
                 warnings,
-                closed: 0,
+                closed,
             });
         } else {
             let agents = self.force.bad.clone();
@@ -248,7 +280,7 @@ impl Core {
                 revision,
                 agents,
                 errors,
-                closed: 0,
+                closed,
             });
         }
     }
@@ -275,25 +307,11 @@ impl Core {
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
         self.enforcer.sweep();
+        self.end_what_ends();
         let Some(stepped) = self.offset.stepped() else {
             return false;
         };
-        info!(message = "The wall clock stepped; deadlines are computed anew.");
-        self.offset = stepped;
-        self.recorder.set_offset(stepped);
-        let images = self.force.images(&stepped.clock());
-        match self.enforcer.apply(images) {
-            Ok(_) => {
-                self.problems.remove("clock");
-                self.recorder
-                    .learn(&self.enforcer, self.force.revision, all(&self.force));
-            }
-            Err(error) => {
-                error!(message = "Deadlines could not be computed anew.", %error);
-                self.problems
-                    .insert("clock", format!("deadlines are of the old clock: {error}"));
-            }
-        }
+        self.clock_stepped(stepped);
         true
     }
 

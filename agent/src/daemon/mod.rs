@@ -16,6 +16,8 @@ mod detach;
 mod endings;
 mod files;
 pub mod force;
+mod keeping;
+mod lifecycle;
 mod lock;
 mod recorder;
 pub mod registry;
@@ -198,6 +200,9 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 }
             }
             Some(call) = requests.recv() => {
+                if matches!(call.request, control::Request::Reload(..)) {
+                    files.read();
+                }
                 let reloaded = core.answer(call);
                 if reloaded {
                     selectors = Some(core.selectors());

@@ -10,19 +10,28 @@ use super::{
     registry, selftest,
     time::wall_millis,
 };
-use crate::{audit::Decision, policy, state::Holds};
+use crate::{audit::Decision, policy};
+
+/// What a reload changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Agents whose entry is new, different or gone.
+    pub agents: Vec<String>,
+    /// Connections that were left without a grant, and ended.
+    pub closed: u64,
+}
 
 impl Core {
     /// Compiles the registry and swaps it in. Whatever cannot be used leaves in force what is.
     /// Returns the agents that changed, or why nothing did.
-    pub fn reload(&mut self) -> Result<Vec<String>, String> {
+    pub fn reload(&mut self) -> Result<Changed, String> {
         let result = self.try_reload();
         match &result {
             Ok(changed) => {
                 info!(
                     message = "Registry in force.",
                     revision = self.force.revision,
-                    changed = changed.len(),
+                    changed = changed.agents.len(),
                     errors = self.force.errors
                 );
                 self.problems.remove("reload");
@@ -43,14 +52,15 @@ impl Core {
         result
     }
 
-    fn try_reload(&mut self) -> Result<Vec<String>, String> {
+    fn try_reload(&mut self) -> Result<Changed, String> {
+        self.read_holds();
         let files = registry::read(&self.settings.paths);
         let compiled = policy::compile(&files.sources, wall_millis());
         let next = force::merge(
             &files,
             compiled,
             Some(&self.force),
-            &Holds::default(),
+            &self.holds,
             stance(&self.settings),
         )
         .map_err(|unusable: Unusable| unusable.to_string())?;
@@ -62,10 +72,28 @@ impl Core {
             .apply(images)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         self.force = next;
+        self.expect_endings();
         let followed = self.follow(&changed);
-        self.decide_loaded();
+        let closed = self.close_for(&changed);
+        self.decide_loaded(closed);
+        self.keep();
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
-        Ok(changed)
+        Ok(Changed {
+            agents: changed,
+            closed,
+        })
+    }
+
+    /// Ends the connections of these agents that are left without a grant.
+    pub(super) fn close_for(&mut self, agents: &[String]) -> u64 {
+        let indices: Vec<u32> = agents
+            .iter()
+            .filter_map(|id| self.enforcer.index_of(id))
+            .collect();
+        if indices.is_empty() {
+            return 0;
+        }
+        self.close_unreachable(Some(&indices)).closed as u64
     }
 
     /// What goes with new tables: whose records they are, which cgroups they claim, and whether the

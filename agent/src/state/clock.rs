@@ -22,6 +22,8 @@ pub struct ClockMark {
     pub boot_id: String,
     /// Wall-clock milliseconds since the Unix epoch at boot time zero.
     pub origin_ms: i64,
+    /// The same by the latest time that was ever seen; never before [`Self::origin_ms`].
+    pub latest_ms: i64,
     /// Latest wall-clock time that was seen, in milliseconds since the Unix epoch.
     pub high_water_ms: i64,
 }
