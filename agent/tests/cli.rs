@@ -14,8 +14,16 @@ use std::{
     process::{Command, Output},
 };
 
-use remit::control::protocol::{Answer, Posture, Reload};
-use stand_in::{Answers, ELSEWHERE, Served, served, status};
+use remit::{
+    audit::{Actor, Decided, Decision, Difference, Drifted, Host, Mending},
+    control::{
+        HoldState, Processes,
+        protocol::{
+            Answer, Code, Drift, DriftSummary, Held, HoldInfo, Posture, Reconciled, Refusal, Reload,
+        },
+    },
+};
+use stand_in::{Answers, ELSEWHERE, Served, held, reconciled, served, status};
 use tempfile::TempDir;
 
 /// Runs `remit` with settings that keep it away from this machine's own.
@@ -83,7 +91,11 @@ const COMMANDS: &[&str] = &[
     "status",
     "agents",
     "tail",
+    "suspend",
+    "resume",
+    "revoke",
     "reload",
+    "reconcile",
     "completions",
     "man",
     "help",
@@ -123,6 +135,15 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["run", "--", "true"],
         &["explain", "alpha", "api.example.com:443"],
         &["explain", "alpha", "192.0.2.1:443/sctp"],
+        &["suspend", "alpha"],
+        &["suspend", "--reason", "x"],
+        &["suspend", "alpha", "--reason", " "],
+        &["resume", "alpha"],
+        &["revoke", "alpha"],
+        &["revoke", "alpha", "--reason", "x", "--kill", "--freeze"],
+        &["resume", "alpha", "--reason", "x", "--kill"],
+        &["resume", "alpha", "--reason", "x", "--freeze"],
+        &["reconcile", "alpha"],
     ] {
         let output = remit(&settings, arguments);
         assert_eq!(code(&output), 2, "{arguments:?}");
@@ -141,6 +162,12 @@ fn without_a_daemon_it_could_not_be_told() {
         &["agents"],
         &["agents", "x"],
         &["reload"],
+        &["reload", "--accept-clock"],
+        &["suspend", "x", "--reason", "y"],
+        &["resume", "x", "--reason", "y"],
+        &["revoke", "x", "--reason", "y", "--kill"],
+        &["reconcile"],
+        &["reconcile", "--repair"],
         &["run", "--agent", "x", "--", "true", "--json"],
     ] {
         let output = remit(&settings, arguments);
@@ -233,7 +260,288 @@ billing-recon
   last denied billing-recon \\x1b[31mcurl to 192.0.2.7:443/tcp
 
 registry: 3 files, 0 errors, 1 warning
+drift: registry and kernel were not compared yet
 "
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn status_and_agents_show_who_holds_an_agent_and_drift() {
+    let mut held = status(Posture::Enforcing);
+    held.agents[0].state = "suspended".to_owned();
+    held.agents[0].hold = Some(HoldInfo {
+        state: "suspended".to_owned(),
+        reason: "leaked key\u{1b}[2J".to_owned(),
+        by: "uid 0 (pid 4711)".to_owned(),
+        since_ms: 1_793_836_800_000,
+        frozen: true,
+    });
+    held.drift = DriftSummary {
+        checked_ms: Some(1_793_836_900_000),
+        open: 1,
+        found: 3,
+        last_ms: Some(1_793_836_890_000),
+    };
+    let answers = Answers {
+        status: held,
+        ..Answers::default()
+    };
+    let text = stdout(&asked(&served(ELSEWHERE, answers), &["status"]));
+    for expected in [
+        "\nbilling-recon\n  suspended since 2026-11-05T00:00:00Z by uid 0 (pid 4711), processes \
+         frozen: leaked key\\x1b[2J\n",
+        "\ndrift: 1 difference unmended, compared 2026-11-05T00:01:40Z; 3 found since the start, \
+         the last 2026-11-05T00:01:30Z\n",
+    ] {
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_hold_says_what_it_came_to() {
+    let answers = Answers {
+        hold: |hold| {
+            assert_eq!(hold.processes, Processes::Kill);
+            Ok(Held {
+                closed: 3,
+                killed: 2,
+                warnings: vec!["the marker could\u{1b} not be written".to_owned()],
+                durable: hold.state == HoldState::Revoked,
+                ..held(&hold.id, "active", hold.state.name(), hold.reason.as_str())
+            })
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    let revoked = asked(
+        &served,
+        &[
+            "revoke",
+            "alpha",
+            "--reason",
+            "  leaked\u{1b} key ",
+            "--kill",
+        ],
+    );
+    assert_eq!(code(&revoked), 0, "{}", stderr(&revoked));
+    assert_eq!(
+        stdout(&revoked),
+        "alpha: active before, revoked now, revision 8\n  reason leaked\\x1b key\n  connections \
+         closed: 3\n  processes killed: 2\n  on disk: it survives a restart\n"
+    );
+    assert_eq!(
+        stderr(&revoked),
+        "warning: the marker could\\x1b not be written\n"
+    );
+    let suspended = asked(&served, &["suspend", "alpha", "--reason", "x", "--kill"]);
+    assert_eq!(code(&suspended), 0);
+    assert!(!stdout(&suspended).contains("on disk"));
+    assert!(stderr(&suspended).contains("warning: not on disk: "));
+    let json = asked(
+        &served,
+        &["suspend", "alpha", "--reason", "x", "--kill", "--json"],
+    );
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    for (key, expected) in [
+        ("id", serde_json::json!("alpha")),
+        ("before", "active".into()),
+        ("after", "suspended".into()),
+        ("reason", "x".into()),
+        ("revision", 8.into()),
+        ("closed", 3.into()),
+        ("killed", 2.into()),
+        ("frozen", 0.into()),
+        ("durable", false.into()),
+    ] {
+        assert_eq!(value[key], expected, "{key}");
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_hold_that_was_there_before_is_no_failure() {
+    let answers = Answers {
+        hold: |hold| {
+            assert_eq!(hold.processes, Processes::Freeze);
+            Ok(held(&hold.id, "suspended", "suspended", "x"))
+        },
+        resume: |resume| {
+            Ok(Held {
+                frozen: 2,
+                ..held(&resume.id, "active", "active", "x")
+            })
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    let again = asked(&served, &["suspend", "alpha", "--reason", "x", "--freeze"]);
+    assert_eq!(code(&again), 0);
+    assert!(stdout(&again).starts_with("alpha: suspended as before, revision 8\n"));
+    assert!(stdout(&again).contains("  processes frozen: 0\n"));
+    let resumed = asked(&served, &["resume", "alpha", "--reason", "x"]);
+    assert_eq!(code(&resumed), 0);
+    assert!(stdout(&resumed).starts_with("alpha: active as before, revision 8\n"));
+    assert!(stdout(&resumed).contains("  processes thawed: 2\n"));
+    // It did not come to what was asked for.
+    let revoked = asked(&served, &["revoke", "alpha", "--reason", "x", "--freeze"]);
+    assert_eq!(code(&revoked), 1);
+    assert!(stderr(&revoked).contains("warning: alpha is suspended all the same"));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_hold_that_cannot_be_is_1() {
+    let answers = Answers {
+        hold: |hold| Err(Refusal::no_such_agent(&hold.id)),
+        resume: |resume| match resume.id.as_str() {
+            "busy" => Err(Refusal::new(Code::Unavailable, "the daemon is stopping")),
+            id => Err(Refusal::new(Code::Conflict, format!("`{id}` is revoked"))
+                .help("change its file and have it approved again")),
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    // An id reaches the daemon as it was written, whatever is in it.
+    let ghost = asked(&served, &["suspend", "../gh/ost?", "--reason", "x"]);
+    assert_eq!((code(&ghost), stdout(&ghost)), (1, String::new()));
+    assert!(
+        stderr(&ghost).starts_with("error: no agent `../gh/ost?`"),
+        "{}",
+        stderr(&ghost)
+    );
+    let revoked = asked(&served, &["resume", "alpha", "--reason", "x", "--json"]);
+    assert_eq!((code(&revoked), stdout(&revoked)), (1, String::new()));
+    assert_eq!(
+        stderr(&revoked),
+        "error: `alpha` is revoked\nhelp: change its file and have it approved again\n"
+    );
+    let busy = asked(&served, &["resume", "busy", "--reason", "x"]);
+    assert_eq!(code(&busy), 3, "{}", stderr(&busy));
+}
+
+fn drifted(repaired: Option<bool>) -> Drift {
+    Drift {
+        kind: "changed".to_owned(),
+        what: "agents 3".to_owned(),
+        agent: Some("billing-recon".to_owned()),
+        root: None,
+        found: "0x7\u{1b}[2J".to_owned(),
+        wanted: "0x8".to_owned(),
+        since_ms: 1_793_836_890_000,
+        repaired,
+        error: (repaired == Some(false)).then(|| "no room".to_owned()),
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
+    // As the daemon has it in its log.
+    let logged = |mending| {
+        let event = Decided {
+            time: 0,
+            what: Decision::Drifted(Box::new(Drifted {
+                difference: Difference {
+                    kind: "changed".to_owned(),
+                    what: "agents 3".to_owned(),
+                    agent: Some("billing-recon".to_owned()),
+                    root: None,
+                    found: "0x7\u{1b}[2J".to_owned(),
+                    wanted: "0x8".to_owned(),
+                    mending,
+                },
+                since: 1_793_836_890_000,
+                hash: None,
+                by: Actor::Daemon,
+                revision: 7,
+            })),
+        };
+        let event = event.to_ocsf(&Host::default(), 1);
+        event["message"].as_str().unwrap().to_owned()
+    };
+    let answers = Answers {
+        reconcile: |repair| Reconciled {
+            drift: match repair {
+                false => vec![drifted(None)],
+                true => vec![drifted(Some(true)), drifted(Some(false))],
+            },
+            information: vec!["`coder` has no cgroup yet".to_owned()],
+            ..reconciled()
+        },
+        ..Answers::default()
+    };
+    let differs = served(ELSEWHERE, answers);
+    let compared = asked(&differs, &["reconcile"]);
+    assert_eq!(code(&compared), 1);
+    let sentence = logged(Mending::NotTried);
+    assert_eq!(
+        stdout(&compared),
+        format!("{sentence}\nInformation: `coder` has no cgroup yet\n")
+    );
+    assert_eq!(
+        stderr(&compared),
+        "compared 41 items in 3 ms: 1 difference, 0 mended\n"
+    );
+    let partly = asked(&differs, &["reconcile", "--repair"]);
+    assert_eq!(code(&partly), 1);
+    assert!(
+        stdout(&partly).starts_with(&format!(
+            "{}\n{}\n",
+            logged(Mending::Mended),
+            logged(Mending::Failed("no room".to_owned()))
+        )),
+        "{}",
+        stdout(&partly)
+    );
+    let json = asked(&differs, &["reconcile", "--json"]);
+    assert_eq!(code(&json), 1);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(value["drift"][0]["wanted"], "0x8");
+
+    let answers = Answers {
+        reconcile: |repair| Reconciled {
+            drift: match repair {
+                true => vec![drifted(Some(true))],
+                false => Vec::new(),
+            },
+            ..reconciled()
+        },
+        ..Answers::default()
+    };
+    let agrees = served(ELSEWHERE, answers);
+    let mended = asked(&agrees, &["reconcile", "--repair"]);
+    assert_eq!(code(&mended), 0, "{}", stderr(&mended));
+    let none = asked(&agrees, &["reconcile"]);
+    assert_eq!((code(&none), stdout(&none)), (0, String::new()));
+    assert_eq!(stderr(&none), "compared 41 items in 3 ms: no drift\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn only_root_lifts_the_fence() {
+    use std::os::unix::process::CommandExt as _;
+    let folder = TempDir::new().unwrap();
+    let file = settings(folder.path());
+    // Readable by all, so that it is not the settings that keep the other user out.
+    for path in [folder.path(), &file] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(path, mode).unwrap();
+    }
+    let program = folder.path().join("remit");
+    fs::copy(env!("CARGO_BIN_EXE_remit"), &program).unwrap();
+    let output = Command::new(&program)
+        .args(["daemon", "--detach-all", "--yes"])
+        .env("REMIT_CONFIG", &file)
+        .uid(65_534)
+        .gid(65_534)
+        .output()
+        .unwrap();
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    assert_eq!(
+        stderr(&output),
+        "error: only root may lift the fence\nhelp: try sudo\n"
     );
 }
 
@@ -279,11 +587,21 @@ fn reload_is_1_when_a_file_was_bad() {
         ok: false,
         ..good.clone()
     };
+    let narrowed = Reload {
+        closed: 2,
+        ..good.clone()
+    };
     for (reload, expected, text) in [
         (
             good,
             0,
             "revision 8 in force, 1 agent changed: billing-recon\n",
+        ),
+        (
+            narrowed,
+            0,
+            "revision 8 in force, 1 agent changed: billing-recon\n2 connections closed, no grant \
+             is left for them\n",
         ),
         (
             bad,

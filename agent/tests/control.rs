@@ -19,12 +19,12 @@ use std::{
 use remit::control::{
     client::{Client, ClientError},
     protocol::{
-        Agent, Agents, Code, Explain, Myself, Posture, Refusal, Reload, RunGrant, RunRequest,
-        Status,
+        Agent, Agents, Code, Explain, Held, Myself, Posture, Reconciled, Refusal, Reload, RunGrant,
+        RunRequest, Status,
     },
     server::{BindError, Listener},
 };
-use stand_in::{Answers, ELSEWHERE, Served, serve_at, status};
+use stand_in::{Answers, ELSEWHERE, Served, held, serve_at, status};
 
 fn served(roots: &[&str]) -> Served {
     stand_in::served(roots, Answers::default())
@@ -121,12 +121,27 @@ fn root_inside_the_fence_may_ask_about_itself_alone() {
     let client = client(&served);
     let myself: Myself = client.get("/self").unwrap();
     assert_eq!(myself.cgroup.as_deref(), Some(own.as_str()));
-    for path in ["/status", "/agents", "/agents/a", "/nothing", "/self/"] {
+    for path in [
+        "/status",
+        "/agents",
+        "/agents/a",
+        "/nothing",
+        "/self/",
+        "/reconcile",
+    ] {
         let refused = refusal(client.get::<serde_json::Value>(path));
         assert_eq!(refused.code, Code::Forbidden, "{path}");
         assert!(refused.message.contains(&own), "{refused}");
     }
-    let posts = ["/reload", "/run", "/self"];
+    let posts = [
+        "/reload",
+        "/run",
+        "/self",
+        "/reconcile",
+        "/agents/a/suspend",
+        "/agents/a/resume",
+        "/agents/a/revoke",
+    ];
     for path in posts {
         let refused = refusal(client.post::<serde_json::Value>(path));
         assert_eq!(refused.code, Code::Forbidden, "{path}");
@@ -171,6 +186,139 @@ fn readers_may_ask_and_not_change() {
     let changed = as_user(65_533, gid, || exchange(&socket, post));
     assert!(changed.starts_with("HTTP/1.1 403 "), "{changed}");
     assert!(changed.contains("may read, not change"), "{changed}");
+
+    // Comparing is reading; mending and holding are not.
+    let compared = as_user(65_533, gid, || {
+        exchange(&socket, &get.replace("status", "reconcile"))
+    });
+    assert!(compared.starts_with("HTTP/1.1 200 "), "{compared}");
+    for path in [
+        "/v1/reconcile",
+        "/v1/agents/a/suspend",
+        "/v1/agents/a/resume",
+        "/v1/agents/a/revoke",
+    ] {
+        let post = with_body(path, r#"{"reason": "x"}"#);
+        let changed = as_user(65_533, gid, || exchange(&socket, &post));
+        assert!(changed.starts_with("HTTP/1.1 403 "), "{path}: {changed}");
+    }
+}
+
+fn with_body(path: &str, body: &str) -> String {
+    let length = body.len();
+    format!("POST {path} HTTP/1.1\r\nhost: r\r\ncontent-length: {length}\r\n\r\n{body}")
+}
+
+#[test]
+#[ignore = "needs root"]
+fn holds_are_asked_for_with_a_reason() {
+    let answers = Answers {
+        hold: |hold| {
+            let reason = format!("{:?} {}", hold.processes, hold.reason);
+            Ok(held(&hold.id, "active", hold.state.name(), &reason))
+        },
+        ..Answers::default()
+    };
+    let served = stand_in::served(ELSEWHERE, answers);
+    for (path, body, after, reason) in [
+        ("suspend", r#"{"reason": " x "}"#, "suspended", "Keep x"),
+        (
+            "revoke",
+            r#"{"reason":"x","kill":true}"#,
+            "revoked",
+            "Kill x",
+        ),
+        (
+            "suspend",
+            r#"{"reason":"x","freeze":true}"#,
+            "suspended",
+            "Freeze x",
+        ),
+        ("resume", r#"{"reason":"x","kill":false}"#, "active", "x"),
+    ] {
+        let request = with_body(&format!("/v1/agents/a.b/{path}"), body);
+        let answer = exchange(&served.socket, &request);
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let (_, json) = answer.split_once("\r\n\r\n").unwrap();
+        let held: Held = serde_json::from_str(json).unwrap();
+        assert_eq!((held.id.as_str(), held.after.as_str()), ("a.b", after));
+        assert_eq!(held.reason, reason);
+    }
+    let long = format!(r#"{{"reason": "{}"}}"#, "x".repeat(1_025));
+    for (path, body, said) in [
+        ("suspend", "", "cannot read the body"),
+        ("suspend", "{}", "missing field `reason`"),
+        ("suspend", r#"{"reason": " "}"#, "the reason is blank"),
+        ("suspend", &long, "1025 bytes long"),
+        (
+            "revoke",
+            r#"{"reason":"x","kil":true}"#,
+            "unknown field `kil`",
+        ),
+        (
+            "revoke",
+            r#"{"reason":"x","kill":true,"freeze":true}"#,
+            "exclude each other",
+        ),
+        ("resume", r#"{"reason":"x","kill":true}"#, "neither kills"),
+        ("resume", r#"{"reason":"x","freeze":true}"#, "neither kills"),
+    ] {
+        let request = with_body(&format!("/v1/agents/a/{path}"), body);
+        let answer = exchange(&served.socket, &request);
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+        assert!(answer.contains(said), "{answer}");
+    }
+    let get = "GET /v1/agents/a/suspend HTTP/1.1\r\nhost: r\r\n\r\n";
+    assert!(exchange(&served.socket, get).starts_with("HTTP/1.1 405 "));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn comparing_and_mending_are_told_apart() {
+    let answers = Answers {
+        reconcile: |repair| Reconciled {
+            entries: if repair { 2 } else { 1 },
+            ..stand_in::reconciled()
+        },
+        ..Answers::default()
+    };
+    let served = stand_in::served(ELSEWHERE, answers);
+    let client = client(&served);
+    assert_eq!(client.get::<Reconciled>("/reconcile").unwrap().entries, 1);
+    assert_eq!(client.post::<Reconciled>("/reconcile").unwrap().entries, 2);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_reload_needs_no_body_and_accepts_a_clock_only_when_told() {
+    let answers = Answers {
+        reload: Some(Reload {
+            revision: 8,
+            changed: Vec::new(),
+            kept: Vec::new(),
+            findings: Vec::new(),
+            ok: true,
+            closed: 0,
+        }),
+        ..Answers::default()
+    };
+    let served = stand_in::served(ELSEWHERE, answers);
+    for (body, accepted) in [
+        ("", false),
+        ("{}", false),
+        (r#"{"accept_clock": false}"#, false),
+        (r#"{"accept_clock": true}"#, true),
+    ] {
+        let answer = exchange(&served.socket, &with_body("/v1/reload", body));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert_eq!(
+            answer.contains("clock accepted"),
+            accepted,
+            "{body}: {answer}"
+        );
+    }
+    let typo = with_body("/v1/reload", r#"{"accept_clocks": true}"#);
+    assert!(exchange(&served.socket, &typo).starts_with("HTTP/1.1 400 "));
 }
 
 fn open_to_all(served: &Served) {

@@ -13,8 +13,9 @@ use std::{
 
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 use remit::audit::{
-    Code, Decided, Decision, Dropped, Endpoint, EntryRef, Host, Lost, Parent, ProcessInfo, Subject,
-    Violation, human,
+    Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Code, Damaged, Decided, Decision,
+    Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lost, Mending,
+    Parent, ProcessInfo, Refenced, Subject, Succession, Tables, Violation, human,
 };
 use serde_json::Value;
 
@@ -133,11 +134,13 @@ fn example(code: Code) -> Value {
             revision: 12,
             agents: 41,
             warnings: vec!["ledger.toml:9:11: warning: the grant expired on 2026-11-01".to_owned()],
+            closed: 2,
         }),
         Code::RegistryRefused => decided(Decision::Refused {
             revision: 12,
             agents: vec!["ledger".to_owned()],
             errors: vec!["ledger.toml:9:6: error: host bits set in `10.0.0.1/8`".to_owned()],
+            closed: 0,
         }),
         Code::DaemonStarted => decided(Decision::Started {
             pid: 812,
@@ -150,12 +153,254 @@ fn example(code: Code) -> Value {
             reason: "SIGTERM".to_owned(),
             revision: 12,
         }),
+        Code::AgentSuspended => lifecycle(Lifecycle {
+            closed: 3,
+            frozen: 2,
+            ..suspended()
+        }),
+        Code::AgentResumed => lifecycle(Lifecycle {
+            change: Change::Resume,
+            before: "suspended".to_owned(),
+            after: "active".to_owned(),
+            reason: "the key was rotated".to_owned(),
+            frozen: 2,
+            ..suspended()
+        }),
+        Code::AgentRevoked => lifecycle(Lifecycle {
+            change: Change::Revoke,
+            after: "revoked".to_owned(),
+            reason: "decommissioned, CHG-21004".to_owned(),
+            killed: 4,
+            ..suspended()
+        }),
+        Code::RevocationLifted => lifecycle(Lifecycle {
+            change: Change::Lift,
+            before: "revoked".to_owned(),
+            after: "active".to_owned(),
+            reason: "its file has changed and is approved again (CHG-21017)".to_owned(),
+            by: Actor::Daemon,
+            ..suspended()
+        }),
+        Code::LifecycleRefused => lifecycle(Lifecycle {
+            change: Change::Resume,
+            before: "revoked".to_owned(),
+            after: "revoked".to_owned(),
+            reason: "back to work".to_owned(),
+            refused: Some("it is revoked, until its file changes and is approved again".to_owned()),
+            ..suspended()
+        }),
+        Code::DriftFound => drift(drifted(Mending::NotTried)),
+        Code::DriftMended => drift(drifted(Mending::Mended)),
+        Code::DriftStands => drift(drifted(Mending::Failed(
+            "cannot write `prefixes`: no space left on device".to_owned(),
+        ))),
+        Code::StateDamaged => decided(Decision::Damaged(damaged())),
+        Code::ClockBehind => decided(Decision::ClockBehind(ClockBehind {
+            wall: 1_795_458_170_000,
+            mark: 1_795_544_570_000,
+            revision: 12,
+        })),
+        Code::ClockStepped => decided(Decision::ClockStepped(stepped())),
+        Code::ClockAccepted => decided(Decision::ClockAccepted(ClockAccepted {
+            by: caller(),
+            wall: 1_795_458_170_000,
+            mark: 1_795_544_570_000,
+            revision: 12,
+        })),
+        Code::FenceLifted => decided(Decision::FenceLifted(lifted())),
+        Code::FenceTakenOver => decided(Decision::Succession(succession())),
+        Code::RootFenced => decided(Decision::Refenced(refenced())),
+        Code::RootNotFenced => decided(Decision::Refenced(Refenced {
+            error: Some("cannot attach `egress`: operation not permitted".to_owned()),
+            ..refenced()
+        })),
     }
+}
+
+fn caller() -> Actor {
+    Actor::Caller {
+        uid: 0,
+        pid: Some(4_711),
+    }
+}
+
+fn suspended() -> Lifecycle {
+    Lifecycle {
+        change: Change::Suspend,
+        agent: agent(),
+        before: "active".to_owned(),
+        after: "suspended".to_owned(),
+        reason: "its key was seen in a public repository".to_owned(),
+        by: caller(),
+        closed: 0,
+        killed: 0,
+        frozen: 0,
+        durable: true,
+        warnings: Vec::new(),
+        refused: None,
+        revision: 12,
+    }
+}
+
+fn lifecycle(lifecycle: Lifecycle) -> Value {
+    decided(Decision::Lifecycle(Box::new(lifecycle)))
+}
+
+fn drifted(mending: Mending) -> Drifted {
+    Drifted {
+        difference: Difference {
+            kind: "extra".to_owned(),
+            what: "prefixes 203.0.113.0/24".to_owned(),
+            agent: Some("billing-recon".to_owned()),
+            root: None,
+            found: "rule set 9: allow any".to_owned(),
+            wanted: "nothing".to_owned(),
+            mending,
+        },
+        since: 1_795_544_569_000,
+        hash: Some(agent().hash),
+        by: Actor::Daemon,
+        revision: 12,
+    }
+}
+
+fn drift(drifted: Drifted) -> Value {
+    decided(Decision::Drifted(Box::new(drifted)))
+}
+
+fn damaged() -> Damaged {
+    Damaged {
+        file: "/var/lib/remit/holds/billing-recon.json".to_owned(),
+        why: "its checksum does not match".to_owned(),
+        agent: Some("billing-recon".to_owned()),
+        consequence: "the agent is suspended".to_owned(),
+        moved_to: Some("/var/lib/remit/holds/billing-recon.json.damaged-1795544570000".to_owned()),
+        revision: 12,
+    }
+}
+
+fn stepped() -> ClockStepped {
+    ClockStepped {
+        by_ms: 86_400_000,
+        wall: 1_795_544_570_000,
+        failed: false,
+        revision: 12,
+    }
+}
+
+fn lifted() -> FenceLifted {
+    FenceLifted {
+        by: caller(),
+        login_uid: Some(1_000),
+        removed: vec!["/sys/fs/bpf/remit/v1".to_owned()],
+        error: None,
+    }
+}
+
+fn succession() -> Succession {
+    Succession {
+        pid: 812,
+        tables: Tables::Migrated {
+            from: "v1".to_owned(),
+            to: "v2".to_owned(),
+        },
+        links: 6,
+        rewritten: Vec::new(),
+        revision: 12,
+    }
+}
+
+fn refenced() -> Refenced {
+    Refenced {
+        root: "/agents.slice".to_owned(),
+        error: None,
+        revision: 12,
+    }
+}
+
+/// What can look different in the events of `audit.jsonl`.
+fn decisions() -> Vec<Value> {
+    let mut events = Vec::new();
+    for change in Change::ALL {
+        for refused in [None, Some("no".to_owned())] {
+            for by in [
+                Actor::Daemon,
+                caller(),
+                Actor::Caller {
+                    uid: 1_000,
+                    pid: None,
+                },
+            ] {
+                events.push(lifecycle(Lifecycle {
+                    change: *change,
+                    by,
+                    refused: refused.clone(),
+                    durable: false,
+                    warnings: vec!["the marker could not be written".to_owned()],
+                    ..suspended()
+                }));
+            }
+        }
+    }
+    let hostile = "x\u{1b}[2J\n\u{202e}".repeat(400);
+    events.push(lifecycle(Lifecycle {
+        reason: hostile.clone(),
+        before: "suspended".to_owned(),
+        ..suspended()
+    }));
+    for mending in [
+        Mending::NotTried,
+        Mending::Mended,
+        Mending::Failed(hostile.clone()),
+    ] {
+        events.push(drift(Drifted {
+            difference: Difference {
+                kind: "detached".to_owned(),
+                what: "egress".to_owned(),
+                agent: None,
+                root: Some("/agents.slice".to_owned()),
+                found: hostile.clone(),
+                wanted: String::new(),
+                mending,
+            },
+            hash: None,
+            by: caller(),
+            ..drifted(Mending::NotTried)
+        }));
+    }
+    events.push(decided(Decision::Damaged(Damaged {
+        agent: None,
+        moved_to: None,
+        why: hostile,
+        ..damaged()
+    })));
+    events.push(decided(Decision::ClockStepped(ClockStepped {
+        by_ms: i64::MIN,
+        failed: true,
+        ..stepped()
+    })));
+    for (removed, error) in [(Vec::new(), None), (Vec::new(), Some("busy".to_owned()))] {
+        events.push(decided(Decision::FenceLifted(FenceLifted {
+            login_uid: None,
+            removed,
+            error,
+            ..lifted()
+        })));
+    }
+    for tables in [Tables::Adopted, Tables::Grown] {
+        events.push(decided(Decision::Succession(Succession {
+            tables,
+            rewritten: vec!["billing-recon".to_owned()],
+            ..succession()
+        })));
+    }
+    events
 }
 
 /// Everything that can look different: each hook and reason, with and without each optional part.
 fn variants() -> Vec<Value> {
     let mut events: Vec<Value> = Code::ALL.iter().map(|code| example(*code)).collect();
+    events.extend(decisions());
     for reason in Reason::ALL {
         for hook in Hook::ALL {
             for verdict in Verdict::ALL {
@@ -281,18 +526,41 @@ fn captions_agree_with_their_ids() {
             "severity",
             &[(1, "Informational"), (2, "Low"), (3, "Medium"), (4, "High")],
         ),
-        ("status", &[(1, "Success"), (2, "Failure")]),
-        ("action", &[(2, "Denied"), (3, "Observed")]),
-        ("disposition", &[(2, "Blocked"), (17, "Logged")]),
+        ("action", &[(2, "Denied"), (3, "Observed"), (4, "Modified")]),
+        (
+            "disposition",
+            &[
+                (2, "Blocked"),
+                (11, "Corrected"),
+                (13, "Uncorrected"),
+                (15, "Detected"),
+                (17, "Logged"),
+            ],
+        ),
     ];
+    // Findings have statuses of their own.
+    let of_findings: &[(u64, &str)] = &[(1, "New"), (2, "In Progress"), (4, "Resolved")];
+    let of_others: &[(u64, &str)] = &[(1, "Success"), (2, "Failure")];
     let activities: &[(u64, u64, &str)] = &[
+        (2004, 1, "Create"),
+        (2004, 2, "Update"),
+        (2004, 3, "Close"),
+        (3004, 10, "Activate"),
+        (3004, 11, "Deactivate"),
+        (3004, 12, "Suspend"),
+        (3004, 13, "Resume"),
         (4001, 1, "Open"),
         (4001, 5, "Refuse"),
         (5019, 1, "Log"),
         (6002, 3, "Start"),
         (6002, 4, "Stop"),
+        (6002, 6, "Enable"),
+        (6002, 7, "Disable"),
+        (6002, 8, "Update"),
     ];
     let classes: &[(u64, &str, u64, &str)] = &[
+        (2004, "Detection Finding", 2, "Findings"),
+        (3004, "Entity Management", 3, "Identity & Access Management"),
         (4001, "Network Activity", 4, "Network Activity"),
         (5019, "Device Config State Change", 5, "Discovery"),
         (6002, "Application Lifecycle", 6, "Application Activity"),
@@ -308,6 +576,9 @@ fn captions_agree_with_their_ids() {
             assert_eq!(event[*key], pair.unwrap().1, "{key} {id}");
         }
         let uid = event["class_uid"].as_u64().unwrap();
+        let statuses = if uid == 2004 { of_findings } else { of_others };
+        let status = statuses.iter().find(|(id, _)| event["status_id"] == *id);
+        assert_eq!(event["status"], status.unwrap().1);
         let (_, class, category, category_name) =
             classes.iter().find(|(number, ..)| *number == uid).unwrap();
         assert_eq!(event["class_name"], *class);
@@ -361,6 +632,41 @@ fn what_the_contract_promises_is_always_there() {
             event["unmapped"]["reason"]
         );
     }
+}
+
+#[test]
+fn what_is_decided_about_an_agent_names_it_and_who_asked() {
+    for event in variants() {
+        let at = |pointer: &str| event.pointer(pointer);
+        let class = event["class_uid"].as_u64().unwrap();
+        assert!(at("/unmapped/revision").is_some(), "{event:#}");
+        // No text of anybody else's drives a terminal or reorders what stands around it.
+        let message = event["message"].as_str().unwrap();
+        assert!(
+            !message.contains(['\u{1b}', '\n', '\u{202e}']),
+            "{message:?}"
+        );
+        match class {
+            3004 => {
+                assert_eq!(at("/ai_agent/uid"), at("/entity/uid"));
+                assert_eq!(at("/policy/version"), at("/entity/version"));
+                assert!(!event["comment"].as_str().unwrap().is_empty());
+                assert!(event["actor"].is_object());
+                let states = ["/entity/data/state", "/updated_entity/data/state"];
+                assert!(states.iter().all(|state| at(state).unwrap().is_string()));
+            }
+            2004 => {
+                let agent = at("/unmapped/agent");
+                assert_eq!(agent, at("/evidences/0/ai_agent/uid"));
+                assert!(event["finding_info"]["uid"].is_string());
+                assert_eq!(event["severity_id"], 4);
+            }
+            _ => {}
+        }
+    }
+    // A line that says mended names the one that said found.
+    let finding = |mending| drift(drifted(mending))["finding_info"]["uid"].clone();
+    assert_eq!(finding(Mending::NotTried), finding(Mending::Mended));
 }
 
 #[test]

@@ -75,11 +75,11 @@ enum Command {
     Agents(agents::Arguments),
     /// Print violations, one line each.
     Tail(tail::Arguments),
-    /// Take everything from an agent until it is resumed: at once, also from open connections.
+    /// Take everything from an agent, at once, until it is resumed.
     Suspend(lifecycle::Hold),
     /// End a suspension.
     Resume(lifecycle::Resume),
-    /// Take everything from an agent until its file changes and is approved again.
+    /// Take everything from an agent until its file is changed and approved anew.
     Revoke(lifecycle::Hold),
     /// Compile the registry and swap it in.
     Reload(reload::Arguments),

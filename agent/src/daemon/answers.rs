@@ -11,6 +11,7 @@ use super::{
     time::wall_millis,
 };
 use crate::{
+    audit::Actor,
     cgroup::CgroupPath,
     control::{
         Call, Caller, Request,
@@ -522,22 +523,17 @@ fn advice(state: State, hold: Option<&HoldInfo>, owner: &str, approval: &str) ->
     }
 }
 
-/// What an agent is suspended or revoked by, besides its file.
+/// Who suspended or revoked an agent, besides its file.
 fn held(agent: &InForce) -> Option<HoldInfo> {
     let hold = agent.hold.as_ref()?;
-    let user = |uid: u32| {
-        let known = nix::unistd::User::from_uid(uid.into()).ok().flatten();
-        known.map_or_else(|| format!("user {uid}"), |user| user.name)
-    };
-    let by = match (hold.by.uid, hold.by.pid) {
-        (Some(uid), Some(pid)) => format!("{} (pid {pid})", user(uid)),
-        (Some(uid), None) => user(uid),
-        (None, _) => "remit".to_owned(),
-    };
+    let by = hold.by.uid.map_or(Actor::Daemon, |uid| Actor::Caller {
+        uid,
+        pid: hold.by.pid,
+    });
     Some(HoldInfo {
         state: hold.state.name().to_owned(),
         reason: hold.reason.clone(),
-        by,
+        by: by.to_string(),
         since_ms: hold.since_ms,
         frozen: hold.frozen,
     })
@@ -580,5 +576,32 @@ fn written(entry: &policy::Entry) -> Entry {
         file: entry.file.clone(),
         line: entry.line,
         reason: entry.reason.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_says_who_holds_the_agent_and_whom_to_ask() {
+        let hold = HoldInfo {
+            state: "suspended".to_owned(),
+            reason: "leaked key.".to_owned(),
+            by: "uid 0 (pid 7)".to_owned(),
+            since_ms: 0,
+            frozen: false,
+        };
+        let said = |state, hold| advice(state, hold, "alice@example.com", " (CHG-1)");
+        assert_eq!(
+            said(State::Suspended, Some(&hold)),
+            "This agent was suspended by uid 0 (pid 7), so nothing can be reached: leaked key. Do \
+             not retry, do not look for another way; ask alice@example.com (CHG-1)."
+        );
+        let draft = said(State::Draft, None);
+        assert!(
+            draft.starts_with("This agent's registration is draft, so nothing can be reached.")
+        );
+        assert!(said(State::Active, None).contains("ask alice@example.com (CHG-1) and name"));
     }
 }

@@ -160,9 +160,12 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                 };
                 answer(reply, Ok(explain));
             }
-            Request::Reload(_, reply) => {
+            Request::Reload(request, reply) => {
                 // Without an answer the request is dropped.
-                if let Some(reload) = answers.reload.clone() {
+                if let Some(mut reload) = answers.reload.clone() {
+                    if request.accept_clock {
+                        reload.findings.push("clock accepted".to_owned());
+                    }
                     answer(reply, Ok(reload));
                 }
             }

@@ -88,15 +88,6 @@ impl Change {
         }
     }
 
-    const fn done(self) -> &'static str {
-        match self {
-            Self::Suspend => "suspended",
-            Self::Resume => "resumed",
-            Self::Revoke => "revoked",
-            Self::Lift => "no longer revoked",
-        }
-    }
-
     const fn verb(self) -> &'static str {
         match self {
             Self::Suspend => "suspend",
@@ -165,14 +156,22 @@ impl Lifecycle {
 
     fn message(&self) -> String {
         let (id, by, reason) = (&self.agent.id, self.by, cleaned(&self.reason));
+        let (change, after) = (self.change, &self.after);
         if let Some(why) = &self.refused {
-            let (verb, why) = (self.change.verb(), cleaned(why));
-            return format!("Refused to {verb} agent {id} for {by} ({reason}): {why}");
+            let (verb, why) = (change.verb(), cleaned(why));
+            return format!("Refused {by} to {verb} agent {id}: {why}; reason given: {reason}");
         }
-        let mut message = if self.before == self.after {
-            format!("Agent {id} stays {} for {by}: {reason}", self.after)
-        } else {
-            format!("Agent {id} {} by {by}: {reason}", self.change.done())
+        let mut message = match change {
+            Change::Lift => format!("Agent {id} is no longer revoked: {reason}"),
+            Change::Suspend | Change::Resume | Change::Revoke if self.before == *after => {
+                format!(
+                    "Agent {id} stays {after}; {by} asked to {} it: {reason}",
+                    change.verb()
+                )
+            }
+            Change::Suspend => format!("Agent {id} suspended by {by}: {reason}"),
+            Change::Resume => format!("Agent {id} resumed by {by}: {reason}"),
+            Change::Revoke => format!("Agent {id} revoked by {by}: {reason}"),
         };
         if !self.durable {
             message.push_str("; not on disk, so a restart would undo it");
