@@ -260,21 +260,76 @@ pub(super) fn encode<T: Serialize>(
 
 /// Replaces a file, durably.
 pub(super) fn replace(path: &Path, encoded: &Encoded) -> Result<(), StateError> {
-    put(path, encoded)?;
-    sync_folder(path)
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut batch = Batch::new(folder)?;
+    batch.stage(path, encoded)?;
+    batch.commit()
 }
 
-/// Replaces a file; durable once its folder is synced.
-pub(super) fn put(path: &Path, encoded: &Encoded) -> Result<(), StateError> {
-    let beside = beside(path);
-    let written = write(&beside, &encoded.bytes)
-        .map_err(StateError::io("write", &beside))
-        .and_then(|()| fs::rename(&beside, path).map_err(StateError::io("replace", path)));
-    if written.is_err() {
-        // The next write would remove it as well.
-        let _ = fs::remove_file(&beside);
+/// Files of one folder that are replaced together: each is the old one or the new one after a
+/// crash, and some may be old while others are new.
+#[derive(Debug)]
+pub(super) struct Batch {
+    // Opened before anything is written: a failure to write back is told to whoever was there.
+    folder: File,
+    path: PathBuf,
+    staged: Vec<PathBuf>,
+}
+
+/// So many files are synced one by one; for more it is cheaper to sync the file system (5 ms a file
+/// on the disk where this was measured, so 5 s for a thousand agents).
+const ONE_BY_ONE: usize = 4;
+
+impl Batch {
+    pub(super) fn new(folder: &Path) -> Result<Self, StateError> {
+        Ok(Self {
+            folder: File::open(folder).map_err(StateError::io("open", folder))?,
+            path: folder.to_owned(),
+            staged: Vec::new(),
+        })
     }
-    written
+
+    /// Writes a file beside its place.
+    pub(super) fn stage(&mut self, path: &Path, encoded: &Encoded) -> Result<(), StateError> {
+        let beside = beside(path);
+        self.staged.push(path.to_owned());
+        write(&beside, &encoded.bytes).map_err(StateError::io("write", &beside))
+    }
+
+    /// Puts all in place, durably.
+    pub(super) fn commit(mut self) -> Result<(), StateError> {
+        if self.staged.is_empty() {
+            return Ok(());
+        }
+        if self.staged.len() <= ONE_BY_ONE {
+            for path in &self.staged {
+                let beside = beside(path);
+                File::open(&beside)
+                    .and_then(|file| file.sync_all())
+                    .map_err(StateError::io("sync", &beside))?;
+            }
+        } else {
+            nix::unistd::syncfs(&self.folder)
+                .map_err(io::Error::from)
+                .map_err(StateError::io("sync", &self.path))?;
+        }
+        while let Some(path) = self.staged.last() {
+            fs::rename(beside(path), path).map_err(StateError::io("replace", path))?;
+            self.staged.pop();
+        }
+        self.folder
+            .sync_all()
+            .map_err(StateError::io("sync", &self.path))
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        for path in &self.staged {
+            // The next write would remove it as well.
+            let _ = fs::remove_file(beside(path));
+        }
+    }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -287,8 +342,7 @@ fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+    file.write_all(bytes)
 }
 
 /// Removes a file, durably; one that is not there is removed.
@@ -331,7 +385,7 @@ fn beside(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.tmp"))
 }
 
-/// The file that a leftover of [`put`] was to become.
+/// The file that a leftover of a [`Batch`] was to become.
 pub(super) fn unfinished(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".tmp")
 }

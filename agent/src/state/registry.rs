@@ -116,6 +116,21 @@ struct OnDisk {
     digest: Digest,
 }
 
+/// Entries that a save writes.
+struct Changes {
+    batch: file::Batch,
+    entries: Vec<(String, OnDisk)>,
+}
+
+impl Changes {
+    fn new(folder: &Path) -> Result<Self, StateError> {
+        Ok(Self {
+            batch: file::Batch::new(folder)?,
+            entries: Vec::new(),
+        })
+    }
+}
+
 /// The folder, and what is known to be in it.
 #[derive(Clone, Debug)]
 pub(super) struct Folder {
@@ -157,10 +172,10 @@ impl Folder {
         file::make_folder(&self.path)?;
         let names = file::names(&self.path).map_err(StateError::io("list", &self.path))?;
         let present: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        let mut saved = Saved::default();
+        let mut changes = Changes::new(&self.path)?;
         let mut index = Index {
             revision,
-            pseudo: Some(self.put(revision, pseudo, &present, &mut saved)?),
+            pseudo: Some(self.put(revision, pseudo, &present, &mut changes)?),
             agents: BTreeMap::new(),
         };
         for record in agents {
@@ -168,7 +183,7 @@ impl Folder {
             let digest = if record.torn {
                 None
             } else {
-                Some(self.put(revision, tables, &present, &mut saved)?)
+                Some(self.put(revision, tables, &present, &mut changes)?)
             };
             index.agents.insert(
                 tables.id.clone(),
@@ -181,12 +196,15 @@ impl Folder {
                 },
             );
         }
+        let mut saved = Saved {
+            written: changes.entries.len(),
+            removed: 0,
+        };
+        // The index must not be there before what it lists.
+        changes.batch.commit()?;
+        self.on_disk.extend(changes.entries);
         let path = self.path.join(INDEX_NAME);
         if self.index.as_ref() != Some(&index) || !present.contains(INDEX_NAME) {
-            if saved.written > 0 {
-                // The index must not be there before what it lists.
-                file::sync_folder(&path)?;
-            }
             file::replace(&path, &file::encode(&path, INDEX, &index)?)?;
         }
         self.on_disk
@@ -213,7 +231,7 @@ impl Folder {
         revision: u64,
         tables: &Arc<AgentTables>,
         present: &BTreeSet<&str>,
-        saved: &mut Saved,
+        changes: &mut Changes,
     ) -> Result<Digest, StateError> {
         let path = self.file(&tables.id)?;
         let there = path
@@ -232,8 +250,7 @@ impl Folder {
             tables: &**tables,
         };
         let encoded = file::encode(&path, ENTRY, &content)?;
-        file::put(&path, &encoded)?;
-        saved.written += 1;
+        changes.batch.stage(&path, &encoded)?;
         let digest = Digest {
             since: revision,
             sha256: encoded.digest,
@@ -242,7 +259,7 @@ impl Folder {
             tables: Arc::clone(tables),
             digest: digest.clone(),
         };
-        self.on_disk.insert(tables.id.clone(), on_disk);
+        changes.entries.push((tables.id.clone(), on_disk));
         Ok(digest)
     }
 
