@@ -12,27 +12,29 @@ use crate::lint::sources;
 type Layer = (&'static str, &'static [&'static str]);
 
 /// In dependency order; the table in `agent/src/lib.rs` says the same in words.
-const LAYERS: [Layer; 9] = [
+const LAYERS: [Layer; 11] = [
     ("policy", &[]),
+    ("netlink", &[]),
     ("cgroup", &[]),
     ("launch", &["cgroup"]),
     ("kernel", &["policy"]),
     ("audit", &["policy"]),
-    ("control", &[]),
+    ("control", &["netlink"]),
+    ("sockets", &["netlink"]),
     (
         "daemon",
-        &["policy", "cgroup", "launch", "kernel", "audit", "control"],
+        &["policy", "cgroup", "launch", "kernel", "audit", "control", "sockets"],
     ),
     (
         "cli",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "daemon",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "sockets", "daemon",
         ],
     ),
     (
         "main",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "daemon", "cli",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "sockets", "daemon", "cli",
         ],
     ),
 ];
