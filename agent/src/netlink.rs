@@ -278,10 +278,7 @@ mod tests {
         bytes.extend([12, 0, 21, 0]);
         bytes.extend(77_u64.to_ne_bytes());
         let read: Vec<_> = attributes(&bytes).collect();
-        assert_eq!(
-            read,
-            [(8, &[9][..]), (21, 77_u64.to_ne_bytes().as_slice())]
-        );
+        assert_eq!(read, [(8, &[9][..]), (21, 77_u64.to_ne_bytes().as_slice())]);
         assert_eq!(attributes(&bytes[..19]).count(), 1);
         assert_eq!(attributes(&[0, 0, 8, 0]).count(), 0);
         assert_eq!(attributes(&[3, 0, 8, 0]).count(), 0);

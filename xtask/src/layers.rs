@@ -23,7 +23,9 @@ const LAYERS: [Layer; 11] = [
     ("sockets", &["netlink"]),
     (
         "daemon",
-        &["policy", "cgroup", "launch", "kernel", "audit", "control", "sockets"],
+        &[
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "sockets",
+        ],
     ),
     (
         "cli",

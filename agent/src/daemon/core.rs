@@ -351,6 +351,7 @@ impl Core {
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         self.force = next;
         let followed = self.follow(&changed);
+        self.close_unreachable(None);
         self.decide_loaded();
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
         Ok(changed)

@@ -10,6 +10,7 @@
 //! watchers only send to it.
 
 mod answers;
+mod closing;
 mod core;
 mod force;
 mod lock;

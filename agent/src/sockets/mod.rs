@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::netlink::{
-    More, NLM_F_ACK, NLM_F_DUMP, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY, SockDiag, attributes, bytes,
+    More, NLM_F_ACK, NLM_F_DUMP, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY, attributes, bytes,
 };
 
 pub use namespace::{Namespace, Namespaces};
@@ -116,9 +116,13 @@ impl Namespace {
                 More::Wanted
             };
             let body = request(family as u8, STATES, &[0; ID]);
-            let asked =
-                self.netlink
-                    .ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, self.next(), &body, &mut list);
+            let asked = self.netlink.ask(
+                SOCK_DIAG_BY_FAMILY,
+                NLM_F_DUMP,
+                self.next(),
+                &body,
+                &mut list,
+            );
             match asked {
                 Ok(()) if torn => {
                     return Err(failed(
@@ -143,9 +147,11 @@ impl Namespace {
     /// When the kernel cannot, or does not.
     pub fn destroy(&self, connection: &Connection) -> Result<Ended, Error> {
         let body = request(connection.family, u32::MAX, &connection.id);
-        let asked = self.netlink.ask(SOCK_DESTROY, NLM_F_ACK, self.next(), &body, |_| {
-            More::Wanted
-        });
+        let asked = self
+            .netlink
+            .ask(SOCK_DESTROY, NLM_F_ACK, self.next(), &body, |_| {
+                More::Wanted
+            });
         match asked {
             Ok(()) => Ok(Ended::Now),
             Err(error) => match error.raw_os_error() {
