@@ -6,20 +6,26 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::{BufRead as _, Read as _, Write as _},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns, unshare},
+};
 use serde::{Deserialize, Serialize};
 
 pub mod socket;
 pub mod uring;
 
 use socket::Socket;
+
+use crate::support::netlink::{LO, add_address, link_up};
 
 /// One thing to do. Sockets are named by the numbers that `Socket` and `Accept` answer with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -97,6 +103,10 @@ pub enum Op {
     Inherited { fd: i32 },
     /// Its own process id.
     Pid,
+    /// Enters a new network namespace with these addresses on `lo`.
+    NewNetwork { addrs: Vec<(IpAddr, u8)> },
+    /// Enters the network namespace of a process.
+    EnterNetwork { pid: u32 },
     /// Leaves a child behind in a session of its own, whose parent has gone; its process id.
     Daemonise,
 }
@@ -262,6 +272,11 @@ impl Actor {
                 value: i64::from(std::process::id()),
                 ..Reply::default()
             }),
+            Op::NewNetwork { addrs } => new_network(addrs).map(|()| value(0)),
+            Op::EnterNetwork { pid } => {
+                let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(errno_of)?;
+                setns(namespace, CloneFlags::CLONE_NEWNET).map(|()| value(0))
+            }
             Op::Daemonise => daemonise(),
         }
     }
@@ -321,6 +336,15 @@ fn flood(socket: &Socket, addr: SocketAddr, data: &[u8], millis: u64) -> nix::Re
         replies: vec![value(passed)],
         ..value(refused)
     })
+}
+
+fn new_network(addrs: &[(IpAddr, u8)]) -> nix::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    link_up(LO).map_err(errno_of)?;
+    for (ip, prefix) in addrs {
+        add_address(LO, *ip, *prefix).map_err(errno_of)?;
+    }
+    Ok(())
 }
 
 /// The double fork of old daemons.

@@ -11,6 +11,7 @@ mod lifecycle;
 mod loopback;
 mod membership;
 mod monitor;
+mod open_tcp;
 mod parity;
 mod ports;
 mod reach;
@@ -31,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         icmp::cases(),
         membership::cases(),
         change::cases(),
+        open_tcp::cases(),
         parity::cases(),
     ]
     .into_iter()

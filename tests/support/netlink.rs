@@ -1,7 +1,11 @@
-//! The two route-netlink requests that a test network needs: a link up, an address on it.
-//! Messages are built by hand: a crate for it would bring more code than the sixty lines here.
+//! The two route-netlink requests that a test network needs: a link up, an address on it; and the
+//! one of sock_diag that ends a connection, to see whether this kernel has it. Messages are built by hand: a crate for it would bring more code than the sixty lines here.
 
-use std::{io, net::IpAddr, os::fd::AsRawFd};
+use std::{
+    io,
+    net::{IpAddr, SocketAddrV4},
+    os::fd::AsRawFd,
+};
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
@@ -12,6 +16,7 @@ pub const LO: i32 = 1;
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_REPLACE_CREATE: u16 = 0x100 | 0x400;
@@ -26,7 +31,8 @@ pub fn link_up(index: i32) -> io::Result<()> {
     body.extend(index.to_ne_bytes());
     body.extend(IFF_UP.to_ne_bytes());
     body.extend(IFF_UP.to_ne_bytes());
-    request(RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK, &body)
+    let flags = NLM_F_REQUEST | NLM_F_ACK;
+    request(SockProtocol::NetlinkRoute, RTM_NEWLINK, flags, &body)
 }
 
 /// Adds an address with a prefix to a device. On `lo` a whole IPv4 prefix becomes local, as
@@ -44,18 +50,35 @@ pub fn add_address(index: i32, ip: IpAddr, prefix: u8) -> io::Result<()> {
         body.extend(&octets);
     }
     request(
+        SockProtocol::NetlinkRoute,
         RTM_NEWADDR,
         NLM_F_REQUEST | NLM_F_ACK | NLM_F_REPLACE_CREATE,
         &body,
     )
 }
 
-fn request(kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+/// Ends a TCP connection over IPv4 from `local` to `remote`, whichever that is.
+pub fn destroy(local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<()> {
+    let mut body = vec![libc::AF_INET as u8, libc::IPPROTO_TCP as u8, 0, 0];
+    body.extend(u32::MAX.to_ne_bytes());
+    body.extend(local.port().to_be_bytes());
+    body.extend(remote.port().to_be_bytes());
+    for ip in [local.ip(), remote.ip()] {
+        body.extend(ip.octets());
+        body.extend([0; 12]);
+    }
+    body.extend(0_u32.to_ne_bytes()); // any device
+    body.extend([0xff; 8]); // any cookie
+    let flags = NLM_F_REQUEST | NLM_F_ACK;
+    request(SockProtocol::NetlinkSockDiag, SOCK_DESTROY, flags, &body)
+}
+
+fn request(protocol: SockProtocol, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
     let fd = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
+        protocol,
     )?;
     let mut message = Vec::with_capacity(16 + body.len());
     message.extend((16 + body.len() as u32).to_ne_bytes());

@@ -12,30 +12,34 @@ use crate::lint::sources;
 type Layer = (&'static str, &'static [&'static str]);
 
 /// In dependency order; the table in `agent/src/lib.rs` says the same in words.
-const LAYERS: [Layer; 10] = [
+const LAYERS: [Layer; 12] = [
     ("policy", &[]),
+    ("netlink", &[]),
     ("cgroup", &[]),
     ("launch", &["cgroup"]),
     ("kernel", &["policy"]),
     ("audit", &["policy"]),
-    ("control", &[]),
+    ("control", &["netlink"]),
     ("state", &["policy"]),
+    ("sockets", &["netlink"]),
     (
         "daemon",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
         ],
     ),
     (
         "cli",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "daemon",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
+            "daemon",
         ],
     ),
     (
         "main",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "daemon", "cli",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
+            "daemon", "cli",
         ],
     ),
 ];

@@ -5,32 +5,18 @@
 //! of its descriptors links to `socket:[INODE]`. Start times would not do: a process that got the
 //! number between connect and accept started before accept too.
 
-use std::{
-    fs, io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
-    time::Duration,
-};
+use std::{fs, io, os::fd::BorrowedFd};
 
-use nix::sys::{
-    socket::{
-        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
-        sockopt,
-    },
-    stat::fstat,
-    time::TimeVal,
-};
+use nix::sys::stat::fstat;
 
-/// `SOCK_DIAG_BY_FAMILY`, linux/sock_diag.h.
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
+use crate::netlink::{More, SOCK_DIAG_BY_FAMILY, SockDiag, attributes, word};
+
 /// `UDIAG_SHOW_PEER`, linux/unix_diag.h.
 const SHOW_PEER: u32 = 4;
 /// `UNIX_DIAG_PEER`, linux/unix_diag.h: the peer's inode.
 const PEER: u16 = 2;
-/// Bytes of `nlmsghdr` and of `unix_diag_msg`.
-const HEADER: usize = 16;
+/// Bytes of `unix_diag_msg`.
 const MESSAGE: usize = 16;
-/// The answer comes from the kernel within the call; this is for the case that it does not.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether `pid` has a descriptor of the peer of `connection`. None where the kernel has no
 /// unix_diag (a module that may be missing), so that nobody can tell.
@@ -55,49 +41,18 @@ fn holds(pid: i32, inode: u32) -> bool {
 
 fn peer_inode(connection: BorrowedFd<'_>) -> io::Result<u32> {
     let inode = u32::try_from(fstat(connection)?.st_ino).map_err(io::Error::other)?;
-    let netlink = open()?;
-    send(netlink.as_raw_fd(), &request(inode), MsgFlags::empty())?;
-    let mut answer = [0; 512];
-    let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    let answer = answer.get(..length).unwrap_or_default();
-    if let Some(errno) = refusal(answer) {
-        return Err(io::Error::from_raw_os_error(errno));
-    }
-    parse(answer, inode).ok_or_else(|| io::Error::other("sock_diag tells no peer"))
+    let mut peer = None;
+    // ENOENT about a socket that we hold means that no module answers for unix sockets.
+    SockDiag::open()?.ask(SOCK_DIAG_BY_FAMILY, 0, 1, &request(inode), |answer| {
+        peer = parse(answer, inode);
+        More::Enough
+    })?;
+    peer.ok_or_else(|| io::Error::other("sock_diag tells no peer"))
 }
 
-/// The error number in an `NLMSG_ERROR`. ENOENT about a socket that we hold means that no module
-/// answers for unix sockets.
-fn refusal(answer: &[u8]) -> Option<i32> {
-    const NLMSG_ERROR: u16 = 2;
-    let kind = u16::from_ne_bytes(bytes(answer, 4)?);
-    let errno = i32::from_ne_bytes(bytes(answer, HEADER)?);
-    (kind == NLMSG_ERROR).then_some(-errno)
-}
-
-fn open() -> io::Result<OwnedFd> {
-    let netlink = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkSockDiag,
-    )?;
-    let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
-    setsockopt(&netlink, sockopt::ReceiveTimeout, &patience)?;
-    Ok(netlink)
-}
-
-/// A `nlmsghdr` and a `unix_diag_req` for one socket.
+/// A `unix_diag_req` for one socket.
 fn request(inode: u32) -> Vec<u8> {
-    const NLM_F_REQUEST: u16 = 1;
-    const LENGTH: u32 = 40;
-    let mut bytes = Vec::with_capacity(LENGTH as usize);
-    bytes.extend(LENGTH.to_ne_bytes());
-    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
-    bytes.extend(1_u32.to_ne_bytes()); // sequence
-    bytes.extend(0_u32.to_ne_bytes()); // port id: the kernel fills it in
-    bytes.extend([libc::AF_UNIX as u8, 0, 0, 0]); // family, protocol, padding
+    let mut bytes = vec![libc::AF_UNIX as u8, 0, 0, 0]; // family, protocol, padding
     bytes.extend(u32::MAX.to_ne_bytes()); // every state
     bytes.extend(inode.to_ne_bytes());
     bytes.extend(SHOW_PEER.to_ne_bytes());
@@ -107,24 +62,12 @@ fn request(inode: u32) -> Vec<u8> {
 
 /// The peer's inode in the answer about `inode`.
 fn parse(answer: &[u8], inode: u32) -> Option<u32> {
-    let kind = u16::from_ne_bytes(bytes(answer, 4)?);
-    let told = u32::from_ne_bytes(bytes(answer, HEADER + 4)?);
-    if kind != SOCK_DIAG_BY_FAMILY || told != inode {
+    if word(answer, 4)? != inode {
         return None;
     }
-    let mut attributes = answer.get(HEADER + MESSAGE..)?;
-    loop {
-        let length = usize::from(u16::from_ne_bytes(bytes(attributes, 0)?));
-        if u16::from_ne_bytes(bytes(attributes, 2)?) == PEER {
-            return Some(u32::from_ne_bytes(bytes(attributes, 4)?));
-        }
-        // An attribute is at least its own header, and the next begins at a multiple of four.
-        attributes = attributes.get(length.max(4).next_multiple_of(4)..)?;
-    }
-}
-
-fn bytes<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
-    from.get(at..at.checked_add(N)?)?.try_into().ok()
+    attributes(answer.get(MESSAGE..)?)
+        .find(|(kind, _)| *kind == PEER)
+        .and_then(|(_, value)| word(value, 0))
 }
 
 #[cfg(test)]
@@ -165,11 +108,15 @@ mod tests {
 
     #[test]
     fn a_torn_answer_tells_nothing() {
-        let mut answer = request(7);
+        let mut answer = vec![libc::AF_UNIX as u8, 1, 1, 0];
+        answer.extend(7_u32.to_ne_bytes());
+        answer.extend([0; 8]);
+        answer.extend([8, 0, PEER as u8, 0]);
+        answer.extend(9_u32.to_ne_bytes());
+        assert_eq!(parse(&answer, 7), Some(9));
         for length in 0..answer.len() {
             assert_eq!(parse(&answer[..length], 7), None);
         }
-        answer.extend([0; 64]);
         assert_eq!(parse(&answer, 8), None);
     }
 }

@@ -54,7 +54,12 @@ impl Core {
         };
         let reason = hold.map_or_else(
             || "approved again".to_owned(),
-            |hold| format!("its file changed and was approved again; it was revoked for: {}", hold.reason),
+            |hold| {
+                format!(
+                    "its file changed and was approved again; it was revoked for: {}",
+                    hold.reason
+                )
+            },
         );
         let lifecycle = Lifecycle {
             change: Change::Lift,
@@ -221,7 +226,10 @@ impl Core {
             ),
         );
         if tell {
-            warn!(message = "The wall clock is behind the latest time seen.", seconds);
+            warn!(
+                message = "The wall clock is behind the latest time seen.",
+                seconds
+            );
             self.decide(Decision::ClockBehind(ClockBehind {
                 wall: wall_millis(),
                 mark: self.offset.high_water(),
@@ -233,7 +241,10 @@ impl Core {
     /// Follows a step of the wall clock.
     pub(super) fn clock_stepped(&mut self, stepped: Offset) {
         let by_ms = stepped.origin() - self.offset.origin();
-        tracing::info!(message = "The wall clock stepped; deadlines are computed anew.", by_ms);
+        tracing::info!(
+            message = "The wall clock stepped; deadlines are computed anew.",
+            by_ms
+        );
         let failed = self.count_by(stepped).is_err();
         self.decide(Decision::ClockStepped(ClockStepped {
             by_ms,
@@ -308,7 +319,12 @@ pub(super) fn actor(caller: &Caller) -> Actor {
 pub(super) fn clocks_before(mark: Option<&ClockMark>, settings: &Settings) -> Before {
     let written = ["audit.jsonl", "violations.jsonl"]
         .iter()
-        .filter_map(|name| fs::metadata(settings.paths.log.join(name)).ok()?.modified().ok())
+        .filter_map(|name| {
+            fs::metadata(settings.paths.log.join(name))
+                .ok()?
+                .modified()
+                .ok()
+        })
         .filter_map(|at| at.duration_since(UNIX_EPOCH).ok())
         .filter_map(|since| UnixMillis::try_from(since.as_millis()).ok())
         .max();

@@ -33,7 +33,14 @@ impl Core {
             Wanted::Revoked => Change::Revoke,
         };
         let pending = self.hold(caller, request);
-        self.conclude(caller, change, &request.id, request.reason.as_str(), pending, reply);
+        self.conclude(
+            caller,
+            change,
+            &request.id,
+            request.reason.as_str(),
+            pending,
+            reply,
+        );
     }
 
     /// Answers a request to resume.
@@ -154,7 +161,8 @@ impl Core {
             )
             .help("the entry in force is as it was; `remit status` says what stands in the way")
         })?;
-        let closed = self.close_for(&[id.to_owned()]);
+        let index = self.enforcer.index_of(id);
+        let closed = self.close_unreachable(Some(index.as_slice())).closed as u64;
         let paths = self.cgroups_of(id);
         let mut killed = 0;
         let mut frozen = 0;
@@ -176,7 +184,14 @@ impl Core {
             }
         }
         let after = self.state_of(id);
-        info!(message = "An agent is held.", agent = id, state = after, closed, killed, frozen);
+        info!(
+            message = "An agent is held.",
+            agent = id,
+            state = after,
+            closed,
+            killed,
+            frozen
+        );
         Ok(Pending {
             held: Held {
                 id: id.to_owned(),

@@ -11,6 +11,7 @@
 
 mod answers;
 mod attribution;
+mod closing;
 mod core;
 mod detach;
 mod endings;

@@ -74,7 +74,12 @@ impl Core {
         self.force = next;
         self.expect_endings();
         let followed = self.follow(&changed);
-        let closed = self.close_for(&changed);
+        // All of them: what an agent that is gone has open is nobody's now.
+        let closed = if changed.is_empty() {
+            0
+        } else {
+            self.close_unreachable(None).closed as u64
+        };
         self.decide_loaded(closed);
         self.keep();
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
@@ -82,18 +87,6 @@ impl Core {
             agents: changed,
             closed,
         })
-    }
-
-    /// Ends the connections of these agents that are left without a grant.
-    pub(super) fn close_for(&mut self, agents: &[String]) -> u64 {
-        let indices: Vec<u32> = agents
-            .iter()
-            .filter_map(|id| self.enforcer.index_of(id))
-            .collect();
-        if indices.is_empty() {
-            return 0;
-        }
-        self.close_unreachable(Some(&indices)).closed as u64
     }
 
     /// What goes with new tables: whose records they are, which cgroups they claim, and whether the

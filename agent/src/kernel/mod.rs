@@ -231,6 +231,11 @@ impl Enforcer {
         self.tables.apply(images)
     }
 
+    /// Puts one agent in force, and leaves all others as they are.
+    pub fn apply_one(&mut self, image: Image) -> Result<(), ApplyError> {
+        self.tables.apply_one(image)
+    }
+
     /// Removes what has been out of force for over a second. To be called now and then.
     pub fn sweep(&mut self) {
         self.tables.sweep(Instant::now());

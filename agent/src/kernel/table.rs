@@ -344,6 +344,25 @@ impl Tables {
         Ok(changed)
     }
 
+    /// Puts one agent in force and leaves all others as they are.
+    pub fn apply_one(&mut self, image: Image) -> Result<(), ApplyError> {
+        let index = self.assign(&image.id)?;
+        let same = self
+            .in_force
+            .get(&index)
+            .is_some_and(|now| now.image.as_ref() == Some(&image));
+        if same {
+            return Ok(());
+        }
+        let mut installed = self.stage(&image)?;
+        installed.image = Some(image);
+        put("agents", &mut self.agents, index, installed.word)?;
+        if let Some(old) = self.in_force.insert(index, installed) {
+            self.retired.push((Instant::now(), old));
+        }
+        Ok(())
+    }
+
     /// Writes and reads back everything of `image` but the word that points to it.
     fn stage(&mut self, image: &Image) -> Result<Installed, ApplyError> {
         let policy = self.next_policy;
