@@ -1,4 +1,4 @@
-//! PID 1 of the test VM: mounts what Remit needs, runs the suite on the console, powers off.
+//! PID 1 of the test VM: mounts what Remit needs, loads the modules that came along, runs the suite on the console, powers off.
 //! It knows nothing of the tests; `remit.filter=A,B` on the kernel command line is handed on.
 
 use std::{
@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::{
+    kmod::{ModuleInitFlags, finit_module},
     mount::{MsFlags, mount},
     sys::{
         reboot::{RebootMode, reboot},
@@ -61,6 +62,7 @@ fn boot() -> Result<()> {
     // Without a console from the kernel this may itself be one of the three: keep it open.
     std::mem::forget(console);
     fs::write("/proc/sys/kernel/hostname", "remit-vm")?;
+    load_modules()?;
     netlink::link_up(netlink::LO).context("cannot bring lo up")?;
     let filters = filters(&fs::read_to_string("/proc/cmdline")?);
     let child = Command::new("/bin/remit-tests")
@@ -73,6 +75,34 @@ fn boot() -> Result<()> {
         .context("cannot start /bin/remit-tests")?;
     let suite = Pid::from_raw(i32::try_from(child.id())?);
     reap_until(suite)
+}
+
+/// Loads what lies in `/modules`. Which needs which is found by trying: as long as one more could be
+/// loaded, others may follow. What stays behind is said; the tests that need it find out.
+fn load_modules() -> Result<()> {
+    let Ok(entries) = fs::read_dir("/modules") else {
+        return Ok(());
+    };
+    let mut waiting: Vec<_> = entries
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()?;
+    loop {
+        let mut failed = Vec::new();
+        for path in &waiting {
+            let module = fs::File::open(path)?;
+            match finit_module(&module, c"", ModuleInitFlags::empty()) {
+                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Err(error) => failed.push((path.clone(), error)),
+            }
+        }
+        if failed.len() == waiting.len() {
+            for (path, error) in failed {
+                println!("init: cannot load {}: {error}", path.display());
+            }
+            return Ok(());
+        }
+        waiting = failed.into_iter().map(|(path, _)| path).collect();
+    }
 }
 
 fn mount_one(source: &str, target: &str, kind: &str, options: &str) -> Result<()> {

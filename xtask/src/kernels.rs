@@ -19,6 +19,21 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// cloud kernels: small, with the serial console built in and BPF LSM active.
 const PACKAGE_END: &str = "-cloud-amd64";
 
+/// Modules that the tests need, below the kernel's folder of modules: what lists and ends
+/// connections, and what knows the other end of a unix socket.
+const MODULES: [&str; 3] = [
+    "kernel/net/ipv4/inet_diag.ko",
+    "kernel/net/ipv4/tcp_diag.ko",
+    "kernel/net/unix/unix_diag.ko",
+];
+
+/// How Debian compresses modules: the end of the name, and the program and its package.
+const COMPRESSIONS: [(&str, Option<(&str, &str)>); 3] = [
+    ("", None),
+    (".xz", Some(("xz", "xz-utils"))),
+    (".zst", Some(("zstd", "zstd"))),
+];
+
 /// A kernel that the tests want.
 pub struct Wanted {
     /// What `--kernel` calls it, and its folder in the cache.
@@ -57,6 +72,8 @@ pub struct Kernel {
     pub release: String,
     /// The bootable image.
     pub image: PathBuf,
+    /// A folder of modules that the tests need, not compressed. Those built in are missing there.
+    pub modules: PathBuf,
 }
 
 /// Takes `wanted` from the cache, or fetches it into the cache. `refresh` fetches again.
@@ -78,6 +95,7 @@ pub fn ensure(workspace: &Workspace, wanted: &Wanted, refresh: bool) -> Result<K
     let release = package.trim_start_matches("linux-image-").to_owned();
     let work = tempfile::tempdir_in(workspace.vm()).context("cannot make a folder to unpack in")?;
     let image = apt.image(&release, work.path())?;
+    let modules = apt.modules(&release, work.path())?;
     let folder = folder(workspace, wanted);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     // Gone while the image changes, and written last: its presence says that the image is whole.
@@ -85,8 +103,14 @@ pub fn ensure(workspace: &Workspace, wanted: &Wanted, refresh: bool) -> Result<K
     if named.exists() {
         fs::remove_file(&named).with_context(|| format!("cannot remove {}", named.display()))?;
     }
-    fs::rename(&image, folder.join("vmlinuz"))
-        .with_context(|| format!("cannot move {} to {}", image.display(), folder.display()))?;
+    let old = folder.join("modules");
+    if old.exists() {
+        fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+    }
+    for (from, to) in [(image, "vmlinuz"), (modules, "modules")] {
+        fs::rename(&from, folder.join(to))
+            .with_context(|| format!("cannot move {} to {}", from.display(), folder.display()))?;
+    }
     fs::write(&named, &release).with_context(|| format!("cannot write {}", named.display()))?;
     talk::note(&format!("{release} from {suite}"));
     cached(workspace, wanted).with_context(|| format!("{} vanished", folder.display()))
@@ -100,11 +124,12 @@ fn folder(workspace: &Workspace, wanted: &Wanted) -> PathBuf {
 pub fn cached(workspace: &Workspace, wanted: &Wanted) -> Option<Kernel> {
     let folder = folder(workspace, wanted);
     let release = fs::read_to_string(folder.join("release")).ok()?;
-    let image = folder.join("vmlinuz");
-    image.is_file().then_some(Kernel {
+    let (image, modules) = (folder.join("vmlinuz"), folder.join("modules"));
+    (image.is_file() && modules.is_dir()).then_some(Kernel {
         name: wanted.name,
         release,
         image,
+        modules,
     })
 }
 
@@ -388,42 +413,100 @@ impl<'a> PrivateApt<'a> {
     /// Downloads the packages of the kernel `release`, unpacks them below `folder` and returns the
     /// bootable image. From 7.2 on `linux-image-*` is empty and the image is in `linux-binary-*`.
     fn image(&self, release: &str, folder: &Path) -> Result<PathBuf> {
-        let options = &self.options;
         for kind in ["linux-binary", "linux-image"] {
-            let package = format!("{kind}-{release}");
-            let names = cmd!(self.shell, "apt-cache {options...} pkgnames {package}")
-                .quiet()
-                .read()?;
-            if !names.lines().any(|name| name == package) {
+            let Some(root) = self.unpack(kind, release, folder)? else {
                 continue;
-            }
-            let place = folder.join(kind);
-            fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
-            let _inside = self.shell.push_dir(&place);
-            cmd!(self.shell, "apt-get {options...} -q download {package}")
-                .quiet()
-                .ignore_stdout()
-                .run()?;
-            let file = fs::read_dir(&place)
-                .with_context(|| format!("cannot list {}", place.display()))?
-                .flatten()
-                .map(|entry| entry.path())
-                .find(|path| path.extension().is_some_and(|end| end == "deb"))
-                .with_context(|| format!("apt-get download left no file of {package}"))?;
-            cmd!(self.shell, "dpkg-deb -x {file} root").quiet().run()?;
+            };
             let images = [
-                format!("root/boot/vmlinuz-{release}"),
-                format!("root/usr/lib/modules/{release}/vmlinuz"),
+                format!("boot/vmlinuz-{release}"),
+                format!("usr/lib/modules/{release}/vmlinuz"),
             ];
             let image = images
                 .iter()
-                .map(|image| place.join(image))
+                .map(|image| root.join(image))
                 .find(|image| image.is_file());
             if let Some(image) = image {
                 return Ok(image);
             }
         }
         bail!("no package of {release} has a vmlinuz in it")
+    }
+
+    /// The same for [`MODULES`], into a folder. One that no package has may be built in, and if
+    /// not, the tests that need it say so.
+    fn modules(&self, release: &str, folder: &Path) -> Result<PathBuf> {
+        let mut places = Vec::new();
+        for kind in ["linux-modules", "linux-image"] {
+            if let Some(root) = self.unpack(kind, release, folder)? {
+                places.push(root.join("lib/modules").join(release));
+                places.push(root.join("usr/lib/modules").join(release));
+            }
+        }
+        let to = folder.join("modules");
+        fs::create_dir(&to).with_context(|| format!("cannot make {}", to.display()))?;
+        for module in MODULES {
+            let name = Path::new(module).file_name().context("a module's name")?;
+            let found = places.iter().find_map(|place| {
+                COMPRESSIONS.iter().find_map(|(end, program)| {
+                    let file = place.join(format!("{module}{end}"));
+                    file.is_file().then_some((file, program))
+                })
+            });
+            let Some((file, program)) = found else {
+                talk::note(&format!("no package of {release} has {module}"));
+                continue;
+            };
+            let to = to.join(name);
+            match program {
+                None => {
+                    fs::copy(&file, &to)
+                        .with_context(|| format!("cannot copy {}", file.display()))?;
+                }
+                Some((program, package)) => {
+                    let why = "to unpack the VMs' modules";
+                    apt::ensure(self.shell, program, &[package], why)?;
+                    let content = cmd!(self.shell, "{program} --decompress --stdout {file}")
+                        .quiet()
+                        .output()?
+                        .stdout;
+                    fs::write(&to, content)
+                        .with_context(|| format!("cannot write {}", to.display()))?;
+                }
+            }
+        }
+        Ok(to)
+    }
+
+    /// Downloads and unpacks one package of the kernel `release` below `folder`, once. None when
+    /// the suite has no such package.
+    fn unpack(&self, kind: &str, release: &str, folder: &Path) -> Result<Option<PathBuf>> {
+        let options = &self.options;
+        let package = format!("{kind}-{release}");
+        let place = folder.join(kind);
+        let root = place.join("root");
+        if root.is_dir() {
+            return Ok(Some(root));
+        }
+        let names = cmd!(self.shell, "apt-cache {options...} pkgnames {package}")
+            .quiet()
+            .read()?;
+        if !names.lines().any(|name| name == package) {
+            return Ok(None);
+        }
+        fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
+        let _inside = self.shell.push_dir(&place);
+        cmd!(self.shell, "apt-get {options...} -q download {package}")
+            .quiet()
+            .ignore_stdout()
+            .run()?;
+        let file = fs::read_dir(&place)
+            .with_context(|| format!("cannot list {}", place.display()))?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.extension().is_some_and(|end| end == "deb"))
+            .with_context(|| format!("apt-get download left no file of {package}"))?;
+        cmd!(self.shell, "dpkg-deb -x {file} root").quiet().run()?;
+        Ok(Some(root))
     }
 }
 

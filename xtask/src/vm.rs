@@ -184,8 +184,11 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
     let folder = workspace.vm();
     let accelerator = Accelerator::find(&folder, kernel)?;
     let image = folder.join("initramfs.cpio");
-    fs::write(&image, initramfs(workspace, options.init.as_deref())?)
-        .with_context(|| format!("cannot write {}", image.display()))?;
+    fs::write(
+        &image,
+        initramfs(workspace, kernel, options.init.as_deref())?,
+    )
+    .with_context(|| format!("cannot write {}", image.display()))?;
     let filter = match &options.filter {
         Some(filter) => format!(" remit.filter={filter}"),
         None => String::new(),
@@ -209,7 +212,7 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
     )
 }
 
-fn initramfs(workspace: &Workspace, init: Option<&Path>) -> Result<Vec<u8>> {
+fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Result<Vec<u8>> {
     let mut archive = Archive::new()?;
     match init {
         Some(init) => archive.program("init", init)?,
@@ -224,6 +227,7 @@ fn initramfs(workspace: &Workspace, init: Option<&Path>) -> Result<Vec<u8>> {
     if policies.is_dir() {
         archive.tree("policies", &policies)?;
     }
+    archive.tree("modules", &kernel.modules)?;
     archive.finish()
 }
 

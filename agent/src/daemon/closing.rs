@@ -54,6 +54,8 @@ struct Attribution<'a> {
     roots: &'a [CgroupPath],
     claims: &'a BTreeMap<CgroupPath, (u64, u32)>,
     known: HashMap<u64, Option<u32>>,
+    /// Why the first cgroup that could not be found was not.
+    lost: Option<String>,
 }
 
 /// One namespace's sockets, found by their ends.
@@ -123,6 +125,7 @@ pub fn close_unreachable(
         roots,
         claims,
         known: HashMap::new(),
+        lost: None,
     };
     let pids = attribution.processes(agents);
     for namespace in Namespaces::of(pids) {
@@ -146,6 +149,9 @@ pub fn close_unreachable(
         if closed.unsupported.is_some() {
             break;
         }
+    }
+    if let Some(why) = attribution.lost {
+        closed.failed_for(why);
     }
     closed
 }
@@ -258,7 +264,11 @@ impl Attribution<'_> {
         if let Some(known) = self.known.get(&id) {
             return *known;
         }
-        let path = self.hierarchy.path_of(id).ok().flatten();
+        let path = self.hierarchy.path_of(id).unwrap_or_else(|error| {
+            let why = || format!("{:#}", anyhow::Error::from(error));
+            self.lost.get_or_insert_with(why);
+            None
+        });
         let agent = path.and_then(|path| agent_at(&path, self.roots, self.claims));
         self.known.insert(id, agent);
         agent

@@ -7,6 +7,7 @@
 mod agent;
 mod listener;
 #[path = "../../../tests/support/netlink.rs"]
+#[allow(dead_code, reason = "the suite uses the rest of it")]
 mod netlink;
 mod stage;
 
