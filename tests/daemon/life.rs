@@ -90,6 +90,19 @@ pub fn cases() -> Vec<Case> {
             fx.daemon.terminate()?;
             let said = fx.daemon.detach()?;
             expect("exit code", said.code, 0)?;
+            let lines = fx.audit()?;
+            let lifted: Vec<_> = lines
+                .iter()
+                .filter(|line| line.text("/metadata/event_code") == "RM9003")
+                .collect();
+            expect("lines that say so", lifted.len(), 1)?;
+            for line in lifted {
+                expect("who", line.text("/actor/user/uid"), "0")?;
+                let removed = line.text("/unmapped/removed/0");
+                claim(removed.contains("/v"), || {
+                    format!("it does not say what was removed: `{removed}`")
+                })?;
+            }
             eventually(3, || {
                 let to = Family::V4.pick(OUT_V4, OUT_V6, 443)?;
                 fx.arrives(&mut actor, Way::Tcp, Family::V4, to).map(drop)

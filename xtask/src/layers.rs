@@ -45,12 +45,13 @@ const LAYERS: [Layer; 12] = [
 ];
 
 /// Files and folders that take the clock, the network and the disk only as arguments.
-const PURE: [&str; 8] = [
+const PURE: [&str; 9] = [
     "agent/src/policy",
     "agent/src/dns/message.rs",
     "agent/src/dns/guard.rs",
     "agent/src/dns/grant.rs",
-    "agent/src/audit/record.rs",
+    "agent/src/audit/record",
+    "agent/src/audit/decided",
     "agent/src/control/protocol",
     "agent-ebpf/src/abi",
     "agent-ebpf/src/decide",
