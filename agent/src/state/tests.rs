@@ -364,6 +364,7 @@ fn where_nothing_can_be_written_it_is_said() {
     let mark = ClockMark {
         boot_id: "b".to_owned(),
         origin_ms: 1,
+        latest_ms: 1,
         high_water_ms: 2,
     };
     assert!(store.save_clock(&mark).is_err());
@@ -729,6 +730,7 @@ fn the_clocks_come_back_or_are_told_to_be_lost() {
     let mark = ClockMark {
         boot_id: boot_id().unwrap(),
         origin_ms: NOW - 1000,
+        latest_ms: NOW - 500,
         high_water_ms: NOW,
     };
     host.store().save_clock(&mark).unwrap();

@@ -380,10 +380,7 @@ fn holds_reach_the_kernel_and_end_where_they_are_lifted() {
     assert_eq!(suspended.agents["a"].hold.as_ref(), holds.get("a"));
     assert_eq!(suspended.agents["a"].revision, suspended.revision);
     assert_eq!(suspended.agents["b"].revision, force.revision);
-    let clock = Clock {
-        boot_now_ns: 0,
-        wall_now_ms: NOW,
-    };
+    let clock = Clock::at(0, NOW);
     let states = |force: &Force| -> Vec<u8> {
         let images = force.images(&clock);
         assert!(images.iter().all(|image| image.row.deadline <= NEVER));
