@@ -820,7 +820,6 @@ fn ids_that_look_like_other_names_do_not_meet() {
         "a.json",
         "a.hold",
         "a.json.damaged-1",
-        "unregistered",
         "index",
     ];
     let agents: Vec<_> = ids.iter().map(|id| entry(id, "10.0.0.1")).collect();
