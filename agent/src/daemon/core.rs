@@ -174,6 +174,9 @@ impl Core {
             let directory = core.hierarchy.directory(&root);
             core.enforcer.fence(&root.to_string(), &directory)?;
         }
+        if let Err(error) = core.enforcer.settle_in() {
+            warn!(message = "The maps of before could not be removed yet.", %error);
+        }
         core.self_test(None).map_err(DaemonError::SelfTest)?;
         Ok(core)
     }

@@ -6,21 +6,24 @@
 //! anything unless it is asked to by name: when this process dies, pins keep the fence up.
 
 mod attach;
+mod drift;
 mod error;
+mod handover;
+mod image;
 mod object;
+mod pins;
 mod sets;
+mod succession;
 mod sys;
 mod table;
+mod tally;
 
 use std::{
     collections::HashMap,
-    fs, io,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::ffi::OsStrExt as _,
-    },
+    io,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use agent_ebpf::abi::{
@@ -33,11 +36,21 @@ use aya::{
 };
 use zerocopy::FromBytes as _;
 
-pub use attach::{Fence, Guard, pin_name};
+use self::{
+    pins::{Dir, Guardian, Known, Survey, dir_name, next_serial},
+    succession::Plan,
+    tally::Tally,
+};
+
+pub use attach::{Fence, ForeignProgram, Guard, pin_name};
+pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
+pub use image::Image;
 pub use object::{EMBEDDED, HOOKS};
+pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
+pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
-pub use table::Image;
+pub use table::Difference;
 
 /// Entries that the maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,66 +114,36 @@ pub struct Enforcer {
     question: Array<MapData, Question>,
     answer: Array<MapData, Answer>,
     fences: HashMap<String, Fence>,
-    directory: PathBuf,
-    adopted: bool,
+    pinned: Pinned,
+    /// What was counted elsewhere than in `counters`.
+    tallies: Vec<Tally>,
+    succession: Succession,
+    /// Sets of maps that this one replaces, until it has.
+    old: Vec<Dir>,
+    known: Known,
+    born: Option<SystemTime>,
+    /// When a link was last given another program.
+    moved: Option<Instant>,
+    object: Vec<u8>,
+    tuning: Tuning,
     // Last, so that all else is closed when it looks.
-    _pins: Pins,
+    guardian: Guardian,
 }
 
-/// The pin directory in use. Maps that no link holds up are nobody's, and go with their process,
-/// also when a start fails half-way; those behind a fence stay.
-struct Pins(PathBuf);
-
-/// Magic number of bpffs in `statfs(2)`.
-const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
-
-/// The C libraries disagree about the type of a file system's number.
-fn is_bpf_magic<N: TryInto<u64>>(number: N) -> bool {
-    number
-        .try_into()
-        .is_ok_and(|number: u64| number == BPF_FS_MAGIC)
-}
-
-/// Sees to it that `directory` exists and lies on a BPF file system; mounts one there otherwise,
-/// for hosts that have none.
-pub fn prepare_bpffs(directory: &Path) -> Result<(), OpenError> {
-    let failed = |source| OpenError::Pins {
-        path: directory.to_owned(),
-        source,
-    };
-    let is_bpffs = |path: &Path| {
-        nix::sys::statfs::statfs(path).is_ok_and(|fs| is_bpf_magic(fs.filesystem_type().0))
-    };
-    // A bpffs makes directories but no mount points of its own: look at the nearest that exists.
-    let existing = directory
-        .ancestors()
-        .find(|path| path.exists())
-        .unwrap_or(Path::new("/"));
-    if is_bpffs(existing) {
-        return fs::create_dir_all(directory).map_err(failed);
-    }
-    let standard = Path::new("/sys/fs/bpf");
-    let mount_point = if directory.starts_with(standard) {
-        standard
-    } else {
-        directory
-    };
-    if mount_point == directory {
-        fs::create_dir_all(directory).map_err(failed)?;
-    }
-    nix::mount::mount(
-        Some("bpf"),
-        mount_point,
-        Some("bpf"),
-        nix::mount::MsFlags::empty(),
-        Some("mode=0700"),
-    )
-    .map_err(|errno| failed(io::Error::from(errno)))?;
-    fs::create_dir_all(directory).map_err(failed)
+/// Where this process has pinned what, with descriptors to pin it again.
+struct Pinned {
+    /// Above all versions.
+    base: PathBuf,
+    set: PathBuf,
+    programs: PathBuf,
+    maps: Vec<(&'static str, u32, OwnedFd)>,
 }
 
 impl Enforcer {
-    /// Loads `object` (normally [`EMBEDDED`]) with its pins below `directory`.
+    /// Loads `object` (normally [`EMBEDDED`]) with its pins below `directory`. Pinned maps are
+    /// taken over if they can be used as they are, and then keep their sizes; otherwise a set with
+    /// room for `capacity` is made beside them (see [`Self::succession`]). Nothing that is in
+    /// force changes.
     pub fn open(
         object: &[u8],
         directory: &Path,
@@ -168,24 +151,70 @@ impl Enforcer {
         tuning: &Tuning,
     ) -> Result<Self, OpenError> {
         prepare_bpffs(directory)?;
-        let directory = directory.join(format!("v{ABI_VERSION}"));
-        let maps = directory.join("maps");
-        // A process that was killed before it fenced anything may have left maps.
         let unusable = |source| OpenError::Pins {
-            path: directory.clone(),
+            path: directory.to_owned(),
             source,
         };
-        if !has_pins(&directory.join("links")).map_err(unusable)? {
-            remove_pins(&directory).map_err(unusable)?;
+        let mut survey = Survey::read(directory).map_err(unusable)?;
+        if survey.links.is_empty() {
+            // A process that was killed before it fenced anything may have left maps.
+            for (_, path) in &survey.versions {
+                remove_pins(path).map_err(unusable)?;
+            }
+            survey = Survey::default();
         }
-        let pins = Pins(directory.clone());
-        fs::create_dir_all(&maps).map_err(|source| OpenError::Pins {
-            path: maps.clone(),
-            source,
-        })?;
-        let adopted = maps.join("agents").exists();
-        let capacity = object::sizes(capacity, &maps)?;
-        let mut ebpf = object::load(object, &maps, &capacity, tuning)?;
+        let known = survey.known();
+        let plan = succession::plan(directory, &survey, &known);
+        let serial = next_serial(&survey.programs);
+        Self::carry_out(plan, object, directory, capacity, tuning, known, serial)
+    }
+
+    /// Loads `object` on the set that was planned for.
+    fn carry_out(
+        mut plan: Plan,
+        object: &[u8],
+        base: &Path,
+        capacity: Capacity,
+        tuning: &Tuning,
+        known: Known,
+        serial: u32,
+    ) -> Result<Self, OpenError> {
+        let unusable = |path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::Pins { path, source }
+        };
+        let mut guardian = Guardian::new(base);
+        let names = succession::names(&plan.old);
+        let capacity = if plan.succession == Succession::Adopted {
+            object::sizes(&plan.set)?
+        } else {
+            guardian.make(&plan.set).map_err(unusable(&plan.set))?;
+            // Tags on sockets carry indices, so each has to have its place here too.
+            let highest = names.last_key_value().map_or(0, |(index, _)| index + 1);
+            let capacity = Capacity {
+                agents: capacity.agents.max(highest),
+                ..capacity
+            };
+            let left = succession::carry(&plan.old, &plan.set, &capacity);
+            let left = left.map_err(unusable(&plan.set))?;
+            if let Succession::Replaced { lost, .. } = &mut plan.succession {
+                *lost = left;
+            }
+            capacity
+        };
+        let mut ebpf = object::load(object, &plan.set, &capacity, tuning)?;
+        let programs = base
+            .join(format!("v{ABI_VERSION}"))
+            .join(dir_name("programs", serial));
+        guardian.make(&programs).map_err(unusable(&programs))?;
+        for hook in HOOKS {
+            let path = programs.join(hook.program);
+            let program = attach::program_fd(&ebpf, hook).ok_or(OpenError::HookMissing {
+                program: hook.program,
+            })?;
+            sys::pin(program, &path).map_err(unusable(&path))?;
+        }
+        let maps = object::handles(&ebpf, &capacity)?;
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
         let folds = typed(&mut ebpf, "folds")?;
@@ -205,7 +234,21 @@ impl Enforcer {
                 wanted_abi: ABI_VERSION,
             });
         }
-        let tables = table::Tables::open(&mut ebpf, capacity)?;
+        let mut tables = table::Tables::open(&mut ebpf, capacity)?;
+        tables.inherit(&names)?;
+        tables.number_after(succession::last_policy(&plan.old));
+        let own = object::id_of(&maps, "counters");
+        let this = Dir {
+            version: ABI_VERSION,
+            serial: 0,
+            path: plan.set.clone(),
+        };
+        let counted: Vec<Dir> = plan.old.iter().cloned().chain([this]).collect();
+        let tallies = succession::tallies(&counted, own).map_err(unusable(&plan.set))?;
+        let born = succession::born(counted.iter().map(|dir| dir.path.as_path()));
+        if let Some(born) = born.filter(|_| !plan.old.is_empty()) {
+            succession::predate(&plan.set, born).map_err(unusable(&plan.set))?;
+        }
         Ok(Self {
             ebpf,
             tables,
@@ -215,9 +258,21 @@ impl Enforcer {
             question,
             answer,
             fences: HashMap::new(),
-            directory,
-            adopted,
-            _pins: pins,
+            pinned: Pinned {
+                base: base.to_owned(),
+                set: plan.set,
+                programs,
+                maps,
+            },
+            tallies,
+            succession: plan.succession,
+            old: plan.old,
+            known,
+            born,
+            moved: None,
+            object: object.to_vec(),
+            tuning: *tuning,
+            guardian,
         })
     }
 
@@ -228,12 +283,23 @@ impl Enforcer {
 
     /// Puts these agents in force, all or none, and takes every other one out.
     pub fn apply(&mut self, images: Vec<Image>) -> Result<Vec<String>, ApplyError> {
-        self.tables.apply(images)
+        self.tables.apply(&images)
+    }
+
+    /// How agents that were taken over differed from what [`Self::apply`] then put in force: what
+    /// the kernel had was not what the registry says now. Each is told once.
+    pub fn take_differences(&mut self) -> Vec<Difference> {
+        self.tables.take_differences()
+    }
+
+    /// How the maps in use came about.
+    pub fn succession(&self) -> &Succession {
+        &self.succession
     }
 
     /// Puts one agent in force, and leaves all others as they are.
     pub fn apply_one(&mut self, image: Image) -> Result<(), ApplyError> {
-        self.tables.apply_one(image)
+        self.tables.apply_one(&image)
     }
 
     /// Removes what has been out of force for over a second. To be called now and then.
@@ -258,16 +324,12 @@ impl Enforcer {
 
     /// Whether the maps were there before this process: an earlier daemon's fence was taken over.
     pub fn born_before_us(&self) -> bool {
-        self.adopted
+        self.succession != Succession::Fresh
     }
 
     /// When the counters were made, in milliseconds since the Unix epoch.
     pub fn born(&self) -> Option<i64> {
-        let made = fs::metadata(self.directory.join("maps/counters"))
-            .ok()?
-            .modified()
-            .ok()?;
-        let since = made.duration_since(std::time::UNIX_EPOCH).ok()?;
+        let since = self.born?.duration_since(UNIX_EPOCH).ok()?;
         i64::try_from(since.as_millis()).ok()
     }
 
@@ -292,15 +354,6 @@ impl Enforcer {
     /// The policy id in force for an agent.
     pub fn policy_of(&self, agent: u32) -> Option<u64> {
         self.tables.policy_of(agent)
-    }
-
-    /// Attaches all hooks to the root cgroup `root` (a path below the v2 mount), whose directory
-    /// is `directory`.
-    pub fn fence(&mut self, root: &str, directory: &Path) -> Result<(), AttachError> {
-        let pins = self.directory.join("links").join(pin_name(root));
-        let fence = Fence::raise(&mut self.ebpf, directory, &pins)?;
-        self.fences.insert(root.to_owned(), fence);
-        Ok(())
     }
 
     /// The fences by root.
@@ -336,18 +389,15 @@ impl Enforcer {
         drained
     }
 
-    /// An agent's counters, summed over the CPUs.
+    /// An agent's counters, summed over the CPUs, with those of maps that these have replaced.
     pub fn counters(&self, agent: u32) -> Option<Counters> {
         let values = self.counters.get(&agent, 0).ok()?;
         let mut sum = Counters::zeroed();
         for value in values.iter() {
-            sum.allowed += value.allowed;
-            for (total, part) in sum.denied.iter_mut().zip(value.denied) {
-                *total += part;
-            }
-            for (total, part) in sum.monitored.iter_mut().zip(value.monitored) {
-                *total += part;
-            }
+            tally::add(&mut sum, value);
+        }
+        for tally in &self.tallies {
+            tally::add(&mut sum, &tally.sum(agent).ok()?);
         }
         Some(sum)
     }
@@ -373,22 +423,7 @@ impl Enforcer {
         for (_, fence) in self.fences {
             fence.lift()?;
         }
-        remove_pins(&self.directory)
-    }
-}
-
-// === impl Pins ===
-
-impl Drop for Pins {
-    fn drop(&mut self) {
-        let removed = match has_pins(&self.0.join("links")) {
-            Ok(true) => Ok(()),
-            Ok(false) => remove_pins(&self.0),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = removed {
-            tracing::warn!(message = "Pins that hold no fence could not be removed.", %error);
-        }
+        detach_pinned(&self.pinned.base).map(drop)
     }
 }
 
@@ -437,30 +472,6 @@ fn typed<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     })
 }
 
-/// Removes what any version of the daemon pinned below `directory`: the links, which detaches
-/// them, and the maps. Fences of `remit run` are not the daemon's. Returns what was removed.
-pub fn detach_pinned(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut removed = Vec::new();
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(removed),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let path = entry?.path();
-        let version = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .and_then(|name| name.strip_prefix('v'))
-            .is_some_and(|version| version.parse::<u32>().is_ok());
-        if version {
-            remove_pins(&path)?;
-            removed.push(path);
-        }
-    }
-    Ok(removed)
-}
-
 /// Starts a thread that passes what the programs say (aya-log) on to this process's own log. For
 /// debugging: see the daemon's `--kernel-log`.
 pub fn log(ebpf: &mut Ebpf) -> Result<(), aya_log::Error> {
@@ -472,38 +483,4 @@ pub fn log(ebpf: &mut Ebpf) -> Result<(), aya_log::Error> {
         }
     });
     Ok(())
-}
-
-/// Whether anything is pinned below `directory`. What cannot be read is an error, never a no: on a
-/// no the pins are removed.
-fn has_pins(directory: &Path) -> io::Result<bool> {
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        if !entry.file_type()?.is_dir() || has_pins(&entry.path())? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Removes a directory of pins and what is in it. bpffs has files and directories only.
-pub fn remove_pins(directory: &Path) -> io::Result<()> {
-    if !directory.exists() {
-        return Ok(());
-    }
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        debug_assert!(!entry.file_name().as_bytes().is_empty());
-        if entry.file_type()?.is_dir() {
-            remove_pins(&entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    fs::remove_dir(directory)
 }

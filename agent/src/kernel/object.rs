@@ -1,6 +1,9 @@
 //! The embedded object: what it must contain, how its maps are sized, and loading it.
 
-use std::path::Path;
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
 
 use agent_ebpf::abi::{
     AgentName, AgentRow, Answer, Budget, CACHE_SLOTS, Counters, FOLD_SLOTS, Fold, OWNERS, Owner,
@@ -8,18 +11,18 @@ use agent_ebpf::abi::{
 };
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Map, MapData, MapInfo},
+    maps::{Map, MapData, MapInfo, MapType},
     programs::{Program, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
 
-use super::{Capacity, OpenError, Tuning};
+use super::{Capacity, OpenError, Tuning, pins::map_at};
 
 /// The object as built beside this binary.
 pub static EMBEDDED: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/agent-ebpf"));
 
 /// A program, and the hook it goes to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expected {
     /// Its name in the object and in the kernel.
     pub program: &'static str,
@@ -67,74 +70,126 @@ pub const HOOKS: [Expected; 6] = [
 pub const JUDGE: &str = "remit_judge";
 
 /// A map: name, size of key and value in the kernel, entries.
-struct Shape {
-    name: &'static str,
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Name.
+    pub name: &'static str,
+    kind: MapType,
     key: usize,
     value: usize,
     entries: Option<u32>,
+    /// Whether the daemon chooses how many entries it has; a pinned one keeps its own.
+    is_sized: bool,
 }
 
-fn shapes(capacity: &Capacity) -> [Shape; 18] {
-    let map = |name, key, value, entries| Shape {
+/// The maps whose entries follow from the registry's size.
+const SIZED: [&str; 9] = [
+    "claims", "agents", "names", "rows", "exacts", "prefixes", "rulesets", "counters", "budgets",
+];
+
+/// Every map of the object.
+pub fn shapes(capacity: &Capacity) -> [Shape; 18] {
+    let map = |name, kind, key, value, entries| Shape {
         name,
+        kind,
         key,
         value,
         entries: Some(entries),
+        is_sized: SIZED.contains(&name),
     };
+    let scope = size_of::<ScopeKey>();
+    use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf, SkStorage};
     [
-        map("claims", 8, 4, capacity.claims),
-        map("epoch", 4, 8, 1),
-        map("agents", 4, 8, capacity.agents),
-        map("names", 4, size_of::<AgentName>(), capacity.agents),
-        map("rows", 4, size_of::<AgentRow>(), capacity.rows),
-        map("exacts", size_of::<ScopeKey>(), 4, capacity.addresses),
-        map("prefixes", 4 + size_of::<ScopeKey>(), 4, capacity.prefixes),
-        map("rulesets", 4, size_of::<RuleSet>(), capacity.rule_sets),
-        map("cache", 4, size_of::<Slot>(), CACHE_SLOTS),
-        map("counters", 4, size_of::<Counters>(), capacity.agents),
-        map("folds", 4, size_of::<Fold>(), FOLD_SLOTS),
-        map("budgets", 4, size_of::<Budget>(), capacity.agents),
-        map("owners", 8, size_of::<Owner>(), OWNERS),
+        map("claims", Hash, 8, 4, capacity.claims),
+        map("epoch", Array, 4, 8, 1),
+        map("agents", Array, 4, 8, capacity.agents),
+        map("names", Array, 4, size_of::<AgentName>(), capacity.agents),
+        map("rows", Array, 4, size_of::<AgentRow>(), capacity.rows),
+        map("exacts", Hash, scope, 4, capacity.addresses),
+        map("prefixes", LpmTrie, 4 + scope, 4, capacity.prefixes),
+        map("rulesets", Array, 4, size_of::<RuleSet>(), capacity.rule_sets),
+        map("cache", PerCpuArray, 4, size_of::<Slot>(), CACHE_SLOTS),
+        map("counters", PerCpuArray, 4, size_of::<Counters>(), capacity.agents),
+        map("folds", PerCpuArray, 4, size_of::<Fold>(), FOLD_SLOTS),
+        map("budgets", PerCpuArray, 4, size_of::<Budget>(), capacity.agents),
+        map("owners", LruHash, 8, size_of::<Owner>(), OWNERS),
         Shape {
             name: "tags",
+            kind: SkStorage,
             key: 4,
             value: size_of::<Tag>(),
             entries: None,
+            is_sized: false,
         },
-        map("wakes", 4, 8, 1),
-        map("events", 0, 0, RING_BYTES),
-        map("question", 4, size_of::<Question>(), 1),
-        map("answer", 4, size_of::<Answer>(), 1),
+        map("wakes", PerCpuArray, 4, 8, 1),
+        map("events", RingBuf, 0, 0, RING_BYTES),
+        map("question", Array, 4, size_of::<Question>(), 1),
+        map("answer", Array, 4, size_of::<Answer>(), 1),
     ]
 }
 
-/// The sizes that the maps will have: of those already pinned in `maps` their own, of others
-/// `capacity`. A pinned map keeps its size, so a registry that fits into it must not be refused
-/// for room to grow, and what lies past a smaller `capacity` is in force all the same.
-pub fn sizes(capacity: Capacity, maps: &Path) -> Result<Capacity, OpenError> {
-    let size = |name: &'static str, wanted: u32| -> Result<u32, OpenError> {
+/// The sizes that the maps of a set have that is taken over. A pinned map keeps its size, so a
+/// registry that fits into it must not be refused for room to grow, and what lies past a smaller
+/// capacity is in force all the same.
+pub fn sizes(maps: &Path) -> Result<Capacity, OpenError> {
+    let size = |name: &'static str| -> Result<u32, OpenError> {
         let path = maps.join(name);
-        if !path.exists() {
-            return Ok(wanted);
-        }
-        let info = MapInfo::from_pin(&path).map_err(|source| OpenError::Map {
+        let unusable = |source| OpenError::Pins {
+            path: path.clone(),
+            source,
+        };
+        let map = map_at(&path).map_err(unusable)?;
+        let info = map.info().map_err(|source| OpenError::Map {
             name,
             source: Box::new(source.into()),
         })?;
         Ok(info.max_entries())
     };
     Ok(Capacity {
-        agents: size("agents", capacity.agents)?,
-        rows: size("rows", capacity.rows)?,
-        claims: size("claims", capacity.claims)?,
-        addresses: size("exacts", capacity.addresses)?,
-        prefixes: size("prefixes", capacity.prefixes)?,
-        rule_sets: size("rulesets", capacity.rule_sets)?,
+        agents: size("agents")?,
+        rows: size("rows")?,
+        claims: size("claims")?,
+        addresses: size("exacts")?,
+        prefixes: size("prefixes")?,
+        rule_sets: size("rulesets")?,
     })
 }
 
+impl Shape {
+    /// Why this map cannot stand in, in words; nothing when it can. Of maps whose size follows
+    /// from the registry any size will do, but where `agents` have to fit, for those by agent.
+    pub fn misfit(&self, info: &MapInfo, agents: u32) -> Option<String> {
+        let name = self.name;
+        if info.map_type().ok() != Some(self.kind) {
+            return Some(format!("map `{name}` is of another type"));
+        }
+        for (what, found, wanted) in [
+            ("key", info.key_size(), self.key),
+            ("value", info.value_size(), self.value),
+        ] {
+            if found as usize != wanted {
+                return Some(format!(
+                    "map `{name}` has a {what} of {found} bytes, not {wanted}"
+                ));
+            }
+        }
+        let has = info.max_entries();
+        match self.entries {
+            Some(_) if self.is_sized => {
+                let is_by_agent = matches!(name, "agents" | "names" | "counters" | "budgets");
+                (is_by_agent && has < agents)
+                    .then(|| format!("map `{name}` holds {has} entries, not {agents}"))
+            }
+            Some(entries) if has != entries => {
+                Some(format!("map `{name}` holds {has} entries, not {entries}"))
+            }
+            Some(_) | None => None,
+        }
+    }
+}
+
 /// Loads `object` into the kernel with its maps pinned in `maps`; maps already pinned there are
-/// taken over, after their shapes have been compared (the library does not).
+/// taken over, and the caller has compared their shapes (the library does not).
 pub fn load(
     object: &[u8],
     maps: &Path,
@@ -145,17 +200,6 @@ pub fn load(
         return Err(OpenError::ObjectMissing);
     }
     let shapes = shapes(capacity);
-    for shape in &shapes {
-        let path = maps.join(shape.name);
-        if path.exists() {
-            let info = MapInfo::from_pin(&path).map_err(|source| OpenError::Map {
-                name: shape.name,
-                source: Box::new(source.into()),
-            })?;
-            check(shape, &info)?;
-        }
-    }
-
     let current: u8 = skb_current();
     let log_level: u8 = tuning.kernel_log;
     let event_rate = u64::from(tuning.events_per_second.max(1));
@@ -247,6 +291,39 @@ pub fn data(map: &Map) -> Option<&MapData> {
         | Map::SkStorage(data) => Some(data),
         _ => None,
     }
+}
+
+/// Every map with its id, and a descriptor of its own.
+pub fn handles(
+    ebpf: &Ebpf,
+    capacity: &Capacity,
+) -> Result<Vec<(&'static str, u32, OwnedFd)>, OpenError> {
+    let mut handles = Vec::new();
+    for shape in shapes(capacity) {
+        let name = shape.name;
+        let map = ebpf.map(name).and_then(data);
+        let map = map.ok_or(OpenError::MapMissing { name })?;
+        let failed = |source: aya::maps::MapError| OpenError::Map {
+            name,
+            source: Box::new(source.into()),
+        };
+        let id = map.info().map_err(failed)?.id();
+        let fd = map.fd().as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|source| OpenError::Pins {
+            path: name.into(),
+            source,
+        })?;
+        handles.push((name, id, fd));
+    }
+    Ok(handles)
+}
+
+/// The id of a map among these; 0, which no map has, for one that is not.
+pub fn id_of(handles: &[(&'static str, u32, OwnedFd)], wanted: &str) -> u32 {
+    handles
+        .iter()
+        .find(|(name, ..)| *name == wanted)
+        .map_or(0, |(_, id, _)| *id)
 }
 
 /// How much of the current task a packet hook may ask this kernel for (see the object's

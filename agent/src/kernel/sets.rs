@@ -1,13 +1,18 @@
 //! Rule sets in the kernel's array: content-addressed and counted, so that all scopes that say the
 //! same of an address share one chain of blocks. Blocks are never changed while in use.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use agent_ebpf::abi::{RULES_PER_SET, Rule, RuleSet};
 
 /// A chain in use.
 struct Held {
-    rules: Arc<[Rule]>,
+    /// None for one found in the maps that no daemon would have written: it is kept away from new
+    /// rules, and nothing counts as equal to it.
+    rules: Option<Arc<[Rule]>>,
     chain: Vec<u32>,
     uses: usize,
 }
@@ -64,16 +69,12 @@ impl RuleSets {
             return Interned::Full(self.used());
         };
         let rules: Arc<[Rule]> = rules.into();
-        let blocks = chain
-            .iter()
-            .enumerate()
-            .map(|(at, &index)| (index, block(&rules, at, chain.get(at + 1).copied())))
-            .collect();
+        let blocks = blocks(&rules, &chain);
         self.by_rules.insert(Arc::clone(&rules), head);
         self.held.insert(
             head,
             Held {
-                rules,
+                rules: Some(rules),
                 chain,
                 uses: 1,
             },
@@ -87,37 +88,100 @@ impl RuleSets {
             return;
         };
         held.uses -= 1;
-        if held.uses == 0
-            && let Some(held) = self.held.remove(&head)
-        {
-            self.by_rules.remove(&held.rules);
-            self.free.extend(held.chain);
+        if held.uses == 0 {
+            self.bar(head);
+            if let Some(held) = self.held.remove(&head) {
+                self.free.extend(held.chain);
+            }
         }
     }
 
-    /// Takes over a chain that an earlier daemon wrote, or one more use of it.
-    pub fn adopt(&mut self, head: u32, rules: Vec<Rule>, chain: Vec<u32>) {
-        if let Some(held) = self.held.get_mut(&head) {
-            held.uses += 1;
-            return;
+    /// Sees to it that nobody shares this chain from now on: it is not what it should be.
+    pub fn bar(&mut self, head: u32) {
+        if let Some(rules) = self.held.get(&head).and_then(|held| held.rules.as_ref())
+            // Another chain may say the same.
+            && self.by_rules.get(rules) == Some(&head)
+        {
+            self.by_rules.remove(rules);
         }
-        self.free.retain(|index| !chain.contains(index));
-        let rules: Arc<[Rule]> = rules.into();
-        self.by_rules.insert(Arc::clone(&rules), head);
+    }
+
+    /// Takes over the chain that starts with `found`, as an earlier daemon wrote it. To be called
+    /// before anything is interned, and [`Self::adopted`] after the last.
+    pub fn adopt(&mut self, head: u32, found: &[(u32, RuleSet)], owned: &mut HashSet<u32>) {
+        let mut rules = rules_of(found);
+        let mut chain = Vec::new();
+        for (index, _) in found {
+            if *index < self.capacity && owned.insert(*index) {
+                chain.push(*index);
+            } else {
+                // Chains that share blocks were written by nobody.
+                rules = None;
+            }
+        }
+        let rules: Option<Arc<[Rule]>> = rules.map(Into::into);
+        if let Some(rules) = &rules {
+            self.by_rules.entry(Arc::clone(rules)).or_insert(head);
+        }
         self.held.insert(
             head,
             Held {
                 rules,
                 chain,
-                uses: 1,
+                uses: 0,
             },
         );
+    }
+
+    /// Counts one more use of an adopted chain.
+    pub fn uses(&mut self, head: u32) {
+        if let Some(held) = self.held.get_mut(&head) {
+            held.uses += 1;
+        }
+    }
+
+    /// Ends the adoption: what is in none of its chains is free.
+    pub fn adopted(&mut self, owned: &HashSet<u32>) {
+        self.free.retain(|index| !owned.contains(index));
     }
 
     /// Whether the chain at `head` is known.
     pub fn holds(&self, head: u32) -> bool {
         self.held.contains_key(&head)
     }
+
+    /// The rules of a chain; none for one that is not as any daemon writes it.
+    pub fn rules(&self, head: u32) -> Option<&[Rule]> {
+        self.held.get(&head)?.rules.as_deref()
+    }
+
+    /// Every chain in use: its first block, and its blocks as they must read.
+    pub fn wanted(&self) -> impl Iterator<Item = (u32, Vec<(u32, RuleSet)>)> {
+        self.held.iter().filter_map(|(head, held)| {
+            let rules = held.rules.as_ref()?;
+            Some((*head, blocks(rules, &held.chain)))
+        })
+    }
+}
+
+/// The blocks of a chain.
+fn blocks(rules: &[Rule], chain: &[u32]) -> Vec<(u32, RuleSet)> {
+    chain
+        .iter()
+        .enumerate()
+        .map(|(at, &index)| (index, block(rules, at, chain.get(at + 1).copied())))
+        .collect()
+}
+
+/// The rules in a chain that was read, if it is to the bit what a daemon would have written.
+fn rules_of(found: &[(u32, RuleSet)]) -> Option<Vec<Rule>> {
+    let rules: Vec<Rule> = found
+        .iter()
+        .flat_map(|(_, set)| set.rules.iter().take(set.len as usize).copied())
+        .collect();
+    let chain: Vec<u32> = found.iter().map(|(index, _)| *index).collect();
+    let count = rules.len().div_ceil(RULES_PER_SET).max(1);
+    (count == chain.len() && blocks(&rules, &chain) == found).then_some(rules)
 }
 
 /// The `at`th block of a chain.
@@ -175,14 +239,81 @@ mod tests {
         assert_eq!(sets.used(), 2);
     }
 
+    /// Adopts these chains, one use each.
+    fn adopted(capacity: u32, chains: &[&[(u32, RuleSet)]]) -> RuleSets {
+        let mut sets = RuleSets::new(capacity);
+        let mut owned = HashSet::new();
+        for chain in chains {
+            let head = chain[0].0;
+            if !sets.holds(head) {
+                sets.adopt(head, chain, &mut owned);
+            }
+            sets.uses(head);
+        }
+        sets.adopted(&owned);
+        sets
+    }
+
     #[test]
-    fn an_adopted_chain_is_not_handed_out_again() {
-        let mut sets = RuleSets::new(3);
-        sets.adopt(1, rules(1), vec![1]);
-        let Interned::New(_, blocks) = sets.intern(&rules(12)) else {
+    fn an_adopted_chain_is_shared_and_not_handed_out_again() {
+        let mut sets = adopted(3, &[&blocks(&rules(1), &[1])]);
+        let Interned::New(_, written) = sets.intern(&rules(12)) else {
             panic!("not new")
         };
-        assert!(blocks.iter().all(|(index, _)| *index != 1));
+        assert!(written.iter().all(|(index, _)| *index != 1));
         assert!(matches!(sets.intern(&rules(1)), Interned::Shared(1)));
+    }
+
+    #[test]
+    fn two_adopted_chains_of_one_content_live_their_own_lives() {
+        let mut sets = adopted(4, &[&blocks(&rules(1), &[1]), &blocks(&rules(1), &[2])]);
+        assert_eq!(sets.rules(1), sets.rules(2));
+        sets.release(2);
+        assert!(matches!(sets.intern(&rules(1)), Interned::Shared(1)));
+        sets.release(1);
+        sets.release(1);
+        assert!(!sets.holds(1) && !sets.holds(2));
+        assert_eq!(sets.used(), 0);
+        assert!(matches!(sets.intern(&rules(1)), Interned::New(..)));
+    }
+
+    #[test]
+    fn what_no_daemon_writes_is_nobodys_equal() {
+        let good = blocks(&rules(12), &[1, 2]);
+        let adopted_rules = |found: &[(u32, RuleSet)]| adopted(8, &[found]).rules(1).map(<[_]>::len);
+        assert_eq!(adopted_rules(&good), Some(12));
+        // A loop, a longer length, a hidden rule behind the length, a chain that breaks off.
+        let mut chain = good.clone();
+        chain[1].1.next = 2;
+        assert_eq!(adopted_rules(&chain), None);
+        let mut chain = good.clone();
+        chain[1].1.len = u32::MAX;
+        assert_eq!(adopted_rules(&chain), None);
+        let mut chain = good.clone();
+        chain[1].1.rules[7] = Rule { high: u16::MAX, ..Rule::zeroed() };
+        assert_eq!(adopted_rules(&chain), None);
+        assert_eq!(adopted_rules(&good[..1]), None);
+        // Chains that share a block: the second is not trusted, and frees nothing of the first.
+        let mut second = blocks(&rules(12), &[3, 2]);
+        second[0].1.rules[0].high = 9;
+        let mut sets = adopted(8, &[&good, &second]);
+        assert!(sets.rules(1).is_some() && sets.rules(3).is_none());
+        sets.release(3);
+        assert_eq!(sets.used(), 2);
+    }
+
+    #[test]
+    fn a_barred_chain_is_not_shared() {
+        let mut sets = RuleSets::new(4);
+        let Interned::New(head, _) = sets.intern(&rules(1)) else {
+            panic!("not new")
+        };
+        sets.bar(head);
+        let Interned::New(other, _) = sets.intern(&rules(1)) else {
+            panic!("shared")
+        };
+        assert_ne!(head, other);
+        sets.release(head);
+        assert!(matches!(sets.intern(&rules(1)), Interned::Shared(same) if same == other));
     }
 }

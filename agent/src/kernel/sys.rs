@@ -11,10 +11,15 @@ use std::{
     path::Path,
 };
 
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
 /// Calls `bpf(2)` with one of the attribute structs below, each a prefix of the kernel's union.
@@ -55,6 +60,144 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Pins what a descriptor stands for at `path`, which must not be there yet.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = ObjGet {
+        pathname: name.as_ptr() as u64,
+        bpf_fd: object.as_raw_fd().cast_unsigned(),
+        ..ObjGet::default()
+    };
+    bpf(BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// What a descriptor stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A map.
+    Map,
+    /// A program.
+    Program,
+    /// A link.
+    Link,
+    /// Something else.
+    Other,
+}
+
+/// Tells what a descriptor stands for. Whoever may write to bpffs can pin a map where a link is
+/// looked for, and the calls that read one back would take its bytes for a link's.
+pub fn kind(object: BorrowedFd<'_>) -> io::Result<Kind> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", object.as_raw_fd()))?;
+    Ok(match name.to_str() {
+        Some("anon_inode:bpf-map") => Kind::Map,
+        Some("anon_inode:bpf-prog") => Kind::Program,
+        // With an underscore up to now, unlike the other two.
+        Some("anon_inode:bpf_link" | "anon_inode:bpf-link") => Kind::Link,
+        Some(_) | None => Kind::Other,
+    })
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    inner: u32,
+    numa: u32,
+    name: [u8; 16],
+}
+
+/// Makes an array map that no program uses. `name` has at most 15 bytes.
+pub fn create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    let mut attr = MapCreate {
+        kind: BPF_MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size,
+        max_entries: entries,
+        ..MapCreate::default()
+    };
+    for (slot, byte) in attr.name.iter_mut().take(15).zip(name.bytes()) {
+        *slot = byte;
+    }
+    let fd = bpf(BPF_MAP_CREATE, &mut attr)?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Element {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Reads element `index` of an array map (per CPU or not) as bytes. `size` is what the kernel
+/// copies: one value, or for a per-CPU map one of a
+/// multiple of 8 bytes for each possible CPU.
+pub fn read_element(map: BorrowedFd<'_>, index: u32, size: usize) -> io::Result<Vec<u8>> {
+    let mut value = vec![0_u8; size];
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: (&raw const index) as u64,
+        value: value.as_mut_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)?;
+    Ok(value)
+}
+
+/// Writes element `index` of an array map that is not per CPU.
+pub fn write_element(map: BorrowedFd<'_>, index: u32, value: &[u8]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: (&raw const index) as u64,
+        value: value.as_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Waits until every program that was running when this was called has ended (they run in RCU
+/// read sections). False where the kernel does not offer that.
+pub fn await_running_programs() -> bool {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+    // SAFETY: a command without pointers.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// Attaches a program to a cgroup by a link, beside whatever others have attached there.
+pub fn attach(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        target_fd: cgroup.as_raw_fd().cast_unsigned(),
+        attach_type,
+        ..LinkCreate::default()
+    };
+    let fd = bpf(BPF_LINK_CREATE, &mut attr)?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[repr(C)]
 #[derive(Default)]
 struct LinkUpdate {
@@ -78,7 +221,8 @@ pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CgroupLink {
-    kind: u32,
+    /// `enum bpf_link_type`.
+    pub kind: u32,
     /// Id of the link.
     pub id: u32,
     /// Id of the program under it.
@@ -98,8 +242,9 @@ struct GetInfo {
     info: u64,
 }
 
-/// Reads a cgroup link back.
+/// Reads a cgroup link back; anything else is an error.
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+    const BPF_LINK_TYPE_CGROUP: u32 = 3;
     let mut info = CgroupLink::default();
     let mut attr = GetInfo {
         fd: link.as_raw_fd().cast_unsigned(),
@@ -107,6 +252,9 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         info: (&raw mut info) as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    if kind(link)? != Kind::Link || info.kind != BPF_LINK_TYPE_CGROUP {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "no cgroup link"));
+    }
     Ok(info)
 }
 

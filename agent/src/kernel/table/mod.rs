@@ -1,0 +1,656 @@
+//! The maps as one store of agents' rows, changed in transactions: everything new is written and
+//! read back first, then each agent's word flips (one aligned store), and what is no longer
+//! pointed to is removed a second later, when no program can still be reading it.
+
+mod adopt;
+mod claims;
+mod inspect;
+mod repair;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use agent_ebpf::abi::{
+    AgentName, AgentRow, ROW_INDEX_BITS, Rule, RuleSet, SERVE, SPACE_BITS, ScopeKey, UNREGISTERED,
+};
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap as KernelHash, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
+};
+
+use super::{
+    Capacity,
+    error::{ApplyError, OpenError},
+    image::{Found, Image},
+    sets::{Interned, RuleSets},
+};
+pub use inspect::{Spot, SpotKey};
+
+use crate::policy::{UNREGISTERED_ID, tables::Prefix};
+
+/// Rules stay readable this long after the last pointer to them has moved on.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A key of the scope maps. Those found in a map may be anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    key: ScopeKey,
+    /// Length as the map counts it, the space included; none: in `exacts`.
+    bits: Option<u32>,
+}
+
+/// One policy in the kernel.
+struct Installed {
+    /// As an earlier daemon wrote it, and not yet compared with the registry.
+    adopted: bool,
+    word: u64,
+    /// None for an adopted word whose row is not there or another agent's.
+    row: Option<u32>,
+    /// What the row says, or must say.
+    content: AgentRow,
+    /// Keys, and the rule sets behind them.
+    entries: Vec<(Place, u32)>,
+}
+
+/// How an adopted agent's state in the kernel differed from the registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The agent.
+    pub agent: String,
+    /// In words; at least one.
+    pub what: Vec<String>,
+}
+
+/// The typed maps and what is known to be in them.
+pub struct Tables {
+    claims: KernelHash<MapData, u64, u32>,
+    epoch: Array<MapData, u64>,
+    agents: Array<MapData, u64>,
+    names: Array<MapData, AgentName>,
+    rows: Array<MapData, AgentRow>,
+    exacts: KernelHash<MapData, ScopeKey, u32>,
+    prefixes: LpmTrie<MapData, ScopeKey, u32>,
+    rulesets: Array<MapData, RuleSet>,
+
+    index: BTreeMap<String, u32>,
+    ids: BTreeMap<u32, String>,
+    in_force: BTreeMap<u32, Installed>,
+    retired: Vec<(Instant, Installed)>,
+    attributed: HashMap<u64, u32>,
+    epoch_now: u64,
+    sets: RuleSets,
+    free_rows: Vec<u32>,
+    exact_count: u32,
+    prefix_count: u32,
+    next_word: u64,
+    next_policy: u64,
+    capacity: Capacity,
+    differences: BTreeMap<String, Vec<String>>,
+}
+
+fn typed<T: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, OpenError> {
+    let map = ebpf.take_map(name).ok_or(OpenError::MapMissing { name })?;
+    T::try_from(map).map_err(|source| OpenError::Map {
+        name,
+        source: Box::new(source.into()),
+    })
+}
+
+/// Writes an array element and reads it back.
+fn put<V: Pod + PartialEq>(
+    map: &'static str,
+    array: &mut Array<MapData, V>,
+    index: u32,
+    value: V,
+) -> Result<(), ApplyError> {
+    let key = || format!("[{index}]");
+    let failed = |source| ApplyError::Write {
+        map,
+        key: key(),
+        source: Box::new(source),
+    };
+    array.set(index, value, 0).map_err(failed)?;
+    if array.get(&index, 0).map_err(failed)? != value {
+        return Err(ApplyError::ReadBack { map, key: key() });
+    }
+    Ok(())
+}
+
+impl Place {
+    /// Where a prefix of a scope goes.
+    fn new(space: u64, prefix: Prefix) -> Self {
+        let key = ScopeKey {
+            space,
+            addr: prefix.addr,
+        };
+        let bits = (prefix.len != 128).then(|| SPACE_BITS + u32::from(prefix.len));
+        Self { key, bits }
+    }
+
+    /// The prefix that it stands for; none where no daemon would have put such a key.
+    fn prefix(&self) -> Option<Prefix> {
+        let len = match self.bits {
+            None => 128,
+            Some(bits) => u8::try_from(bits.checked_sub(SPACE_BITS)?).ok()?,
+        };
+        (self.bits.is_none() || len < 128).then_some(Prefix {
+            addr: self.key.addr,
+            len,
+        })
+    }
+
+    /// The policy that it belongs to.
+    fn policy(&self) -> u64 {
+        self.key.space & !SERVE
+    }
+
+    fn map(&self) -> &'static str {
+        match self.bits {
+            None => "exacts",
+            Some(_) => "prefixes",
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let addr = std::net::IpAddr::from(self.key.addr);
+        let side = if self.key.space & SERVE == 0 {
+            "reach"
+        } else {
+            "serve"
+        };
+        match self.prefix() {
+            Some(prefix) if self.key.addr.is_v4() && prefix.len >= 96 => {
+                write!(f, "{addr}/{}", prefix.len - 96)?;
+            }
+            Some(prefix) => write!(f, "{addr}/{}", prefix.len)?,
+            None => write!(f, "{addr}, {} bits", self.bits.unwrap_or(0))?,
+        }
+        write!(f, " ({side} of policy {})", self.policy())
+    }
+}
+
+impl Tables {
+    /// Takes the maps out of a loaded object, and with them what an earlier daemon left there.
+    pub fn open(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self, OpenError> {
+        let mut tables = Self {
+            claims: typed(ebpf, "claims")?,
+            epoch: typed(ebpf, "epoch")?,
+            agents: typed(ebpf, "agents")?,
+            names: typed(ebpf, "names")?,
+            rows: typed(ebpf, "rows")?,
+            exacts: typed(ebpf, "exacts")?,
+            prefixes: typed(ebpf, "prefixes")?,
+            rulesets: typed(ebpf, "rulesets")?,
+            index: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            in_force: BTreeMap::new(),
+            retired: Vec::new(),
+            attributed: HashMap::new(),
+            epoch_now: 0,
+            sets: RuleSets::new(capacity.rule_sets),
+            free_rows: Vec::new(),
+            exact_count: 0,
+            prefix_count: 0,
+            next_word: 1,
+            next_policy: 1,
+            capacity,
+            differences: BTreeMap::new(),
+        };
+        tables.adopt().map_err(|source| OpenError::Map {
+            name: "agents",
+            source: Box::new(source.into()),
+        })?;
+        Ok(tables)
+    }
+
+    /// The index that stands for an agent in the kernel, if it has one.
+    pub fn index_of(&self, id: &str) -> Option<u32> {
+        self.index.get(id).copied()
+    }
+
+    /// All agents that have an index.
+    pub fn indices(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.index.iter().map(|(id, index)| (id.as_str(), *index))
+    }
+
+    /// The policy id in force for an agent.
+    pub fn policy_of(&self, agent: u32) -> Option<u64> {
+        let installed = self.in_force.get(&agent)?;
+        Some(installed.content.policy)
+    }
+
+    /// Entries that the maps are made for.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// How adopted agents differed from what was then put in force, up to now.
+    pub fn take_differences(&mut self) -> Vec<Difference> {
+        std::mem::take(&mut self.differences)
+            .into_iter()
+            .map(|(agent, what)| Difference { agent, what })
+            .collect()
+    }
+
+    /// Takes over the agents' indices of other maps: tags on sockets carry them. Those that have
+    /// another one here already keep it.
+    pub fn inherit(&mut self, names: &BTreeMap<u32, String>) -> Result<(), ApplyError> {
+        for (index, id) in names {
+            if !self.index.contains_key(id) && !self.ids.contains_key(index) {
+                self.name(*index, id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Uses only policy ids above this one: records of other maps' policies may still come in.
+    pub fn number_after(&mut self, policy: u64) {
+        self.next_policy = self.next_policy.max(policy.saturating_add(1));
+    }
+
+    /// Gives an agent an index, and writes its name beside it. Indices are not reused while an
+    /// agent of that name may come back, since tags on sockets carry them.
+    pub fn assign(&mut self, id: &str) -> Result<u32, ApplyError> {
+        if let Some(index) = self.index.get(id) {
+            return Ok(*index);
+        }
+        let full = ApplyError::Full {
+            map: "agents",
+            has: self.agents.len(),
+            needs: u32::try_from(self.index.len()).unwrap_or(u32::MAX) + 1,
+            limit: "agents",
+        };
+        let index = if id == UNREGISTERED_ID {
+            UNREGISTERED
+        } else {
+            // The lowest that is free; mostly the one after the last.
+            let after = self.ids.last_key_value().map_or(0, |(last, _)| last + 1);
+            let dense = usize::try_from(after).is_ok_and(|after| after == self.ids.len());
+            let from = if dense { after } else { 0 }.max(UNREGISTERED + 1);
+            (from..self.agents.len())
+                .find(|index| !self.ids.contains_key(index))
+                .ok_or(full)?
+        };
+        self.name(index, id)?;
+        Ok(index)
+    }
+
+    fn name(&mut self, index: u32, id: &str) -> Result<(), ApplyError> {
+        put("names", &mut self.names, index, name_bytes(id))?;
+        self.index.insert(id.to_owned(), index);
+        self.ids.insert(index, id.to_owned());
+        Ok(())
+    }
+
+    /// Puts `images` in force, all or none, and takes every other agent out. An agent whose
+    /// content in the kernel is what its image asks for is left alone, whoever wrote it. Returns
+    /// the ids of the agents that changed.
+    pub fn apply(&mut self, images: &[Image]) -> Result<Vec<String>, ApplyError> {
+        self.sweep(Instant::now());
+        let mut staged = Vec::new();
+        let mut kept = HashSet::new();
+        for image in images {
+            match self.stage_change(image) {
+                Ok((index, installed)) => {
+                    kept.insert(index);
+                    staged.extend(installed.map(|installed| (index, installed)));
+                }
+                Err(error) => {
+                    for (_, installed) in staged {
+                        self.remove(installed);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+
+        let mut changed = Vec::new();
+        let mut failed = None;
+        for (index, installed) in staged {
+            if failed.is_some() {
+                self.remove(installed);
+                continue;
+            }
+            match self.flip(index, installed) {
+                Ok(()) => changed.extend(self.ids.get(&index).cloned()),
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let gone: Vec<u32> = self
+            .in_force
+            .keys()
+            .copied()
+            .filter(|index| !kept.contains(index))
+            .collect();
+        for index in gone {
+            put("agents", &mut self.agents, index, 0)?;
+            if let Some(old) = self.in_force.remove(&index) {
+                let id = self.ids.get(&index).cloned();
+                if old.adopted {
+                    let agent = id.clone().unwrap_or_else(|| format!("agent {index}"));
+                    let what = "it is in force, and the registry has no such agent".to_owned();
+                    self.differences.insert(agent, vec![what]);
+                }
+                changed.extend(id);
+                self.retired.push((Instant::now(), old));
+            }
+        }
+        for installed in self.in_force.values_mut() {
+            installed.adopted = false;
+        }
+        Ok(changed)
+    }
+
+    /// The agents that [`Self::apply`] would change.
+    pub fn changes(&self, images: &[Image]) -> Vec<String> {
+        let mut gone: BTreeMap<u32, &str> = self
+            .in_force
+            .keys()
+            .filter_map(|index| Some((*index, self.ids.get(index)?.as_str())))
+            .collect();
+        let mut changed = Vec::new();
+        for image in images {
+            let index = self.index.get(&image.id);
+            index.map(|index| gone.remove(index));
+            let now = index.and_then(|index| self.in_force.get(index));
+            let same = now.is_some_and(|now| {
+                now.row.is_some()
+                    && image
+                        .differences(&now.content, self.found(now))
+                        .is_empty()
+            });
+            if !same {
+                changed.push(image.id.clone());
+            }
+        }
+        changed.extend(gone.into_values().map(str::to_owned));
+        changed
+    }
+
+    /// Puts one agent in force and leaves all others as they are. Where only its row differs, the
+    /// rules stay and a new row points to them: a suspension does not wait for a large scope.
+    pub fn apply_one(&mut self, image: &Image) -> Result<(), ApplyError> {
+        self.sweep(Instant::now());
+        let (index, staged) = match self.same_rules(image) {
+            Some(index) => return self.flip_row(index, image),
+            None => self.stage_change(image)?,
+        };
+        match staged {
+            Some(installed) => self.flip(index, installed),
+            None => Ok(()),
+        }
+    }
+
+    /// The agent's index, if the rules that it has in force are those of `image`.
+    fn same_rules(&self, image: &Image) -> Option<u32> {
+        let index = self.index_of(&image.id)?;
+        let now = self.in_force.get(&index)?;
+        let as_asked = AgentRow {
+            policy: now.content.policy,
+            ..image.row
+        };
+        let same = now.row.is_some()
+            && now.content != as_asked
+            && image.differences(&as_asked, self.found(now)).is_empty();
+        same.then_some(index)
+    }
+
+    /// Points an agent to a new row for the rules that it has.
+    fn flip_row(&mut self, index: u32, image: &Image) -> Result<(), ApplyError> {
+        let Some(policy) = self.policy_of(index) else {
+            return Ok(());
+        };
+        let content = AgentRow {
+            policy,
+            ..image.row
+        };
+        let row = self.take_row()?;
+        if let Err(error) = put("rows", &mut self.rows, row, content) {
+            self.free_rows.push(row);
+            return Err(error);
+        }
+        let word = self.next_word << ROW_INDEX_BITS | u64::from(row);
+        self.next_word += 1;
+        let mut installed = Installed {
+            adopted: false,
+            word,
+            row: Some(row),
+            content,
+            entries: Vec::new(),
+        };
+        if let Err(error) = put("agents", &mut self.agents, index, word) {
+            // It may point there or not, so the new row is not given out again.
+            return Err(error);
+        }
+        if let Some(mut old) = self.in_force.remove(&index) {
+            installed.entries = std::mem::take(&mut old.entries);
+            self.retired.push((Instant::now(), old));
+        }
+        self.in_force.insert(index, installed);
+        Ok(())
+    }
+
+    fn take_row(&mut self) -> Result<u32, ApplyError> {
+        let has = self.rows.len();
+        self.free_rows.pop().ok_or(ApplyError::Full {
+            map: "rows",
+            has,
+            needs: has + 1,
+            limit: "agents",
+        })
+    }
+
+    /// Stages what must be written for `image`: nothing where the kernel has it already.
+    fn stage_change(&mut self, image: &Image) -> Result<(u32, Option<Installed>), ApplyError> {
+        let index = self.assign(&image.id)?;
+        if let Some(now) = self.in_force.get(&index) {
+            let mut differences = image.differences(&now.content, self.found(now));
+            if now.row.is_none() {
+                differences = vec!["its word points to no row of its own".to_owned()];
+            }
+            if differences.is_empty() {
+                return Ok((index, None));
+            }
+            if now.adopted {
+                self.differences.insert(image.id.clone(), differences);
+            }
+        }
+        Ok((index, Some(self.stage(image)?)))
+    }
+
+    /// What is in force of a policy, prefix by prefix.
+    fn found<'a>(&'a self, installed: &'a Installed) -> impl Iterator<Item = Found<'a>> {
+        installed.entries.iter().filter_map(|(place, set)| {
+            Some(Found {
+                serve: place.key.space & SERVE != 0,
+                prefix: place.prefix()?,
+                rules: self.sets.rules(*set),
+            })
+        })
+    }
+
+    /// Points an agent to what was staged for it, and retires what it pointed to.
+    fn flip(&mut self, index: u32, installed: Installed) -> Result<(), ApplyError> {
+        if let Err(error) = put("agents", &mut self.agents, index, installed.word) {
+            self.retired.push((Instant::now(), installed));
+            return Err(error);
+        }
+        if let Some(old) = self.in_force.insert(index, installed) {
+            self.retired.push((Instant::now(), old));
+        }
+        Ok(())
+    }
+
+    /// Writes and reads back everything of `image` but the word that points to it.
+    fn stage(&mut self, image: &Image) -> Result<Installed, ApplyError> {
+        let policy = self.next_policy;
+        self.next_policy += 1;
+        let mut installed = Installed {
+            adopted: false,
+            word: 0,
+            row: None,
+            content: AgentRow {
+                policy,
+                ..image.row
+            },
+            entries: Vec::new(),
+        };
+        if let Err(error) = self.stage_into(image, &mut installed) {
+            self.remove(installed);
+            return Err(error);
+        }
+        Ok(installed)
+    }
+
+    fn stage_into(&mut self, image: &Image, installed: &mut Installed) -> Result<(), ApplyError> {
+        let policy = installed.content.policy;
+        for (space, placed) in [(policy, &image.reach), (policy | SERVE, &image.serve)] {
+            for (prefix, rules) in placed {
+                let place = Place::new(space, *prefix);
+                self.check_room(place)?;
+                let set = self.write_rules(rules)?;
+                // Noted first, so that whatever comes of the write is removed again.
+                installed.entries.push((place, set));
+                self.count(place, 1);
+                self.insert(place, set)?;
+            }
+        }
+        let row = self.take_row()?;
+        installed.row = Some(row);
+        installed.word = self.next_word << ROW_INDEX_BITS | u64::from(row);
+        self.next_word += 1;
+        put("rows", &mut self.rows, row, installed.content)
+    }
+
+    fn write_rules(&mut self, rules: &[Rule]) -> Result<u32, ApplyError> {
+        match self.sets.intern(rules) {
+            Interned::Shared(head) => Ok(head),
+            Interned::New(head, blocks) => {
+                for (index, block) in blocks {
+                    if let Err(error) = put("rulesets", &mut self.rulesets, index, block) {
+                        self.sets.release(head);
+                        return Err(error);
+                    }
+                }
+                Ok(head)
+            }
+            Interned::Full(needs) => Err(ApplyError::Full {
+                map: "rulesets",
+                has: self.capacity.rule_sets,
+                needs,
+                limit: "rule_sets",
+            }),
+        }
+    }
+
+    fn check_room(&self, place: Place) -> Result<(), ApplyError> {
+        let (used, has, limit) = match place.bits {
+            None => (self.exact_count, self.capacity.addresses, "addresses"),
+            Some(_) => (self.prefix_count, self.capacity.prefixes, "prefixes"),
+        };
+        if used < has {
+            return Ok(());
+        }
+        Err(ApplyError::Full {
+            map: place.map(),
+            has,
+            needs: used + 1,
+            limit,
+        })
+    }
+
+    fn insert(&mut self, place: Place, set: u32) -> Result<(), ApplyError> {
+        let (map, key) = (place.map(), || place.to_string());
+        let failed = |source| ApplyError::Write {
+            map,
+            key: key(),
+            source: Box::new(source),
+        };
+        let found = match place.bits {
+            None => {
+                self.exacts.insert(place.key, set, 0).map_err(failed)?;
+                self.exacts.get(&place.key, 0)
+            }
+            Some(bits) => {
+                let key = Key::new(bits, place.key);
+                self.prefixes.insert(&key, set, 0).map_err(failed)?;
+                self.prefixes.get(&key, 0)
+            }
+        };
+        if found.map_err(failed)? != set {
+            return Err(ApplyError::ReadBack { map, key: key() });
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, place: Place, by: i64) {
+        let counter = match place.bits {
+            None => &mut self.exact_count,
+            Some(_) => &mut self.prefix_count,
+        };
+        *counter = u32::try_from(i64::from(*counter) + by).unwrap_or(0);
+    }
+
+    /// Deletes a key; one that is not there is as good.
+    fn delete(&mut self, place: Place) -> Result<(), MapError> {
+        let deleted = match place.bits {
+            None => self.exacts.remove(&place.key),
+            Some(bits) => self.prefixes.remove(&Key::new(bits, place.key)),
+        };
+        match deleted {
+            Err(error) if is_missing(&error) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Removes what nothing points to.
+    fn remove(&mut self, installed: Installed) {
+        for (place, set) in installed.entries {
+            if let Err(error) = self.delete(place) {
+                tracing::warn!(message = "Stale scope entry could not be removed.", %error);
+            }
+            self.count(place, -1);
+            self.sets.release(set);
+        }
+        self.free_rows.extend(installed.row);
+    }
+
+    /// Removes what has been out of force for longer than any program can run.
+    pub fn sweep(&mut self, now: Instant) {
+        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.retired)
+            .into_iter()
+            .partition(|(at, _)| now.duration_since(*at) > GRACE);
+        self.retired = young;
+        for (_, installed) in old {
+            self.remove(installed);
+        }
+    }
+}
+
+/// Whether a key was not there.
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound | MapError::ElementNotFound => true,
+        MapError::SyscallError(failed) => failed.io_error.raw_os_error() == Some(libc::ENOENT),
+        _ => false,
+    }
+}
+
+/// An id as `names` has it.
+fn name_bytes(id: &str) -> AgentName {
+    let mut name = AgentName::zeroed();
+    for (slot, byte) in name.bytes.iter_mut().take(63).zip(id.bytes()) {
+        *slot = byte;
+    }
+    name
+}
