@@ -16,9 +16,9 @@ use crate::{
     control::{
         Call, Caller, Request,
         protocol::{
-            Agent, AgentStatus, Agents, Answer, Cgroup, Code, DriftSummary, Entry, Explain, Guard,
-            GuardState, HoldInfo, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant,
-            RunRequest, Source, Status,
+            Agent, AgentStatus, Agents, Answer, Cgroup, Code, Entry, Explain, Guard, GuardState,
+            HoldInfo, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, RunRequest,
+            Source, Status,
         },
     },
     policy::{self, AgentTables},
@@ -44,8 +44,8 @@ impl Core {
             }
             Request::Hold(request, reply) => self.answer_hold(&call.caller, &request, reply),
             Request::Resume(request, reply) => self.answer_resume(&call.caller, &request, reply),
-            Request::Reconcile { reply, .. } => {
-                drop(reply.send(Err(not_yet("compare registry and kernel"))));
+            Request::Reconcile { repair, reply } => {
+                drop(reply.send(Ok(self.reconcile_on_request(&call.caller, repair))));
             }
         }
         false
@@ -125,7 +125,7 @@ impl Core {
                 errors: self.force.errors as u64,
                 warnings: self.force.warnings as u64,
             },
-            drift: DriftSummary::default(),
+            drift: self.drift.summary(),
         }
     }
 
@@ -537,10 +537,6 @@ fn held(agent: &InForce) -> Option<HoldInfo> {
         since_ms: hold.since_ms,
         frozen: hold.frozen,
     })
-}
-
-fn not_yet(what: &str) -> Refusal {
-    Refusal::new(Code::Unavailable, format!("this daemon cannot {what}"))
 }
 
 fn entry(agent: &InForce) -> Agent {

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use agent_ebpf::abi::ABI_VERSION;
 use tracing::{error, info, warn};
 
 use super::{
@@ -10,15 +11,18 @@ use super::{
     force::{self, Force, Stance},
     keeping::clocks_before,
     lock::RootLock,
+    reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
     settings::{CgroupMount, Containment, Settings},
     time::{Offset, wall_millis},
 };
 use crate::{
-    audit::{Allowance, Decided, Decision, Key, Limits, Log, LogName, written_since},
+    audit::{
+        Allowance, Decided, Decision, Key, Limits, Log, LogName, Succession, Tables, written_since,
+    },
     cgroup::{CgroupPath, Hierarchy, Selectors},
-    kernel::{self, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
+    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
     policy::{self, UnixMillis},
     state::{Damage, Holds, Store},
 };
@@ -42,9 +46,17 @@ pub struct Core {
     pub(super) endings: Endings,
     /// Seconds since the clocks were written down.
     pub(super) clock_age: u32,
+    /// Whether the programs' own log is printed.
+    pub(super) kernel_log: bool,
+    pub(super) drift: DriftBook,
     damage: Vec<Damage>,
     audit: Log,
     adopted: bool,
+}
+
+/// At least the room that there is.
+fn larger(enforcer: &Enforcer, wanted: Capacity) -> Capacity {
+    enforcer.capacity().max(wanted)
 }
 
 /// The v2 mount that the settings name or that mountinfo has.
@@ -57,7 +69,7 @@ pub fn hierarchy(settings: &Settings) -> Result<Hierarchy, DaemonError> {
 }
 
 /// How many maps entries to make room for.
-fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
+pub(super) fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
     let sized = Capacity::for_images(images);
     let limits = &settings.limits;
     let agents = limits.agents.unwrap_or(sized.agents);
@@ -122,7 +134,12 @@ impl Core {
         let mut enforcer =
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
         let adopted = enforcer.born_before_us();
-        enforcer.apply(images)?;
+        match enforcer.apply(&images) {
+            Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
+                enforcer.outgrow(&images, larger(&enforcer, capacity))?;
+            }
+            applied => drop(applied?),
+        }
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -163,6 +180,8 @@ impl Core {
             holds: loaded.holds,
             endings: Endings::default(),
             clock_age: 0,
+            kernel_log: options.kernel_log > 0,
+            drift: DriftBook::default(),
             damage: loaded.damage,
         };
         for error in loaded.unwritten {
@@ -219,6 +238,7 @@ impl Core {
             revision,
             adopted,
         });
+        self.decide_succession();
         self.decide_loaded(0);
         let damage = std::mem::take(&mut self.damage);
         self.damaged(&damage);
@@ -263,6 +283,47 @@ impl Core {
         } else {
             self.problems.remove("audit");
         }
+    }
+
+    /// Writes down how this daemon came to the fence that it found.
+    fn decide_succession(&mut self) {
+        let tables = match self.enforcer.succession() {
+            kernel::Succession::Fresh => return,
+            kernel::Succession::Adopted => Tables::Adopted,
+            kernel::Succession::Replaced { from, .. } if from.as_slice() == [ABI_VERSION] => {
+                Tables::Grown
+            }
+            kernel::Succession::Replaced { from, why, lost } => {
+                info!(message = "The maps of before were replaced.", why);
+                if !lost.is_empty() {
+                    warn!(
+                        message = "Not all could be taken along.",
+                        lost = lost.join(", ")
+                    );
+                }
+                let names: Vec<_> = from.iter().map(|version| format!("v{version}")).collect();
+                Tables::Migrated {
+                    from: names.join(", "),
+                    to: format!("v{ABI_VERSION}"),
+                }
+            }
+        };
+        let differences = self.enforcer.take_differences();
+        for difference in &differences {
+            info!(
+                message = "The kernel had another state of an agent than the registry has now.",
+                agent = difference.agent,
+                what = difference.what.join("; ")
+            );
+        }
+        self.decide(Decision::Succession(Succession {
+            pid: std::process::id(),
+            tables,
+            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            rewritten: differences.into_iter().map(|each| each.agent).collect(),
+            revision: self.force.revision,
+        }));
+        self.decide_foreign();
     }
 
     pub(super) fn decide_loaded(&mut self, closed: u64) {

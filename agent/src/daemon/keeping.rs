@@ -278,7 +278,7 @@ impl Core {
         self.offset = offset;
         self.recorder.set_offset(offset);
         let images = self.force.images(&offset.clock());
-        let applied = self.enforcer.apply(images);
+        let applied = self.put_all(&images);
         match applied {
             Ok(_) => {
                 self.problems.remove("clock");
@@ -290,8 +290,7 @@ impl Core {
                 self.expect_endings();
                 Ok(())
             }
-            Err(error) => {
-                let why = format!("{:#}", anyhow::Error::from(error));
+            Err(why) => {
                 error!(message = "Deadlines could not be computed anew.", why);
                 self.problems
                     .insert("clock", format!("deadlines are of the old clock: {why}"));

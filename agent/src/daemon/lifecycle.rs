@@ -288,7 +288,7 @@ impl Core {
     }
 
     /// Puts one agent in force as the holds in memory have it. Nothing else changes.
-    fn put_in_force(&mut self, id: &str) -> Result<(), String> {
+    pub(super) fn put_in_force(&mut self, id: &str) -> Result<(), String> {
         let next = self.force.held(&self.holds);
         let Some(agent) = next.agents.get(id) else {
             return Err("it is not in the registry in force".to_owned());

@@ -20,6 +20,7 @@ pub mod force;
 mod keeping;
 mod lifecycle;
 mod lock;
+mod reconcile;
 mod recorder;
 pub mod registry;
 mod reload;
@@ -222,7 +223,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 }
             }
             _ = reconcile.tick() => {
-                core.survey();
+                core.mend();
                 if files.differ() {
                     files.read();
                     // What came of it is in the log and in `status`.

@@ -5,12 +5,16 @@ use std::sync::Arc;
 use tracing::{error, info};
 
 use super::{
-    core::{Core, all, selectors, stance},
+    core::{Core, all, capacity, selectors, stance},
     force::{self, Unusable},
     registry, selftest,
     time::wall_millis,
 };
-use crate::{audit::Decision, policy};
+use crate::{
+    audit::{Decision, Succession, Tables},
+    kernel::{self, ApplyError, Image},
+    policy,
+};
 
 /// What a reload changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,10 +71,7 @@ impl Core {
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
         let images = next.images(&self.offset.clock());
-        let changed = self
-            .enforcer
-            .apply(images)
-            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        let changed = self.put_all(&images)?;
         self.force = next;
         self.expect_endings();
         let followed = self.follow(&changed);
@@ -87,6 +88,39 @@ impl Core {
             agents: changed,
             closed,
         })
+    }
+
+    /// Puts these in force, in larger maps where those in use have no room.
+    pub(super) fn put_all(&mut self, images: &[Image]) -> Result<Vec<String>, String> {
+        let words = |error: anyhow::Error| format!("{error:#}");
+        let full = match self.enforcer.apply(images) {
+            Err(full @ ApplyError::Full { .. }) => full,
+            applied => return applied.map_err(|error| words(error.into())),
+        };
+        let had = self.enforcer.capacity();
+        let larger = had.max(capacity(&self.settings, images));
+        if larger == had {
+            return Err(words(full.into()));
+        }
+        let changed = self
+            .enforcer
+            .outgrow(images, larger)
+            .map_err(|error| words(error.into()))?;
+        info!(
+            message = "The registry outgrew its maps; larger ones are in force.",
+            ?larger
+        );
+        if self.kernel_log {
+            self.log_kernel();
+        }
+        self.decide(Decision::Succession(Succession {
+            pid: std::process::id(),
+            tables: Tables::Grown,
+            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            rewritten: Vec::new(),
+            revision: self.force.revision,
+        }));
+        Ok(changed)
     }
 
     /// What goes with new tables: whose records they are, which cgroups they claim, and whether the

@@ -122,7 +122,7 @@ impl Standalone {
         kernel::prepare_bpffs(&settings.paths.bpffs)?;
         let rate = settings.log.per_agent_rate;
         let mut enforcer = core::open_alone(pins, &images, rate)?;
-        enforcer.apply(images)?;
+        enforcer.apply(&images)?;
         let id = hierarchy.id(agent)?;
         enforcer.attribute(&[(id, &tables.id)])?;
         enforcer.fence(&root.to_string(), &hierarchy.directory(root))?;

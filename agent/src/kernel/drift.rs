@@ -76,6 +76,16 @@ impl DriftKind {
     }
 }
 
+impl Drift {
+    /// The root that it is about, where it is about one.
+    pub fn root(&self) -> Option<String> {
+        match &self.target {
+            Target::Root(root) => Some(root.clone()),
+            Target::Table(_) | Target::MapPin(_) | Target::ProgramPin(_) => None,
+        }
+    }
+}
+
 impl std::fmt::Display for Drift {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.kind.name(), self.what)?;
@@ -99,6 +109,12 @@ impl Enforcer {
         }
         self.inspect_pins(&mut drifts);
         drifts
+    }
+
+    /// How many things [`Self::inspect`] compares.
+    pub fn compared(&self) -> u64 {
+        let links: usize = self.fences.len() * HOOKS.len();
+        (self.tables.compared() + links) as u64
     }
 
     /// Puts right what [`Self::inspect`] found. Nothing is open meanwhile that was not open by what
@@ -136,7 +152,9 @@ impl Enforcer {
                             }
                         }
                     }
-                    (Target::MapPin(name), _) => self.pin_map(name).map_err(|error| error.to_string()),
+                    (Target::MapPin(name), _) => {
+                        self.pin_map(name).map_err(|error| error.to_string())
+                    }
                     (Target::ProgramPin(hook), _) => {
                         self.pin_program(*hook).map_err(|error| error.to_string())
                     }

@@ -70,6 +70,18 @@ pub struct Capacity {
 }
 
 impl Capacity {
+    /// The larger of both, map by map.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            agents: self.agents.max(other.agents),
+            rows: self.rows.max(other.rows),
+            claims: self.claims.max(other.claims),
+            addresses: self.addresses.max(other.addresses),
+            prefixes: self.prefixes.max(other.prefixes),
+            rule_sets: self.rule_sets.max(other.rule_sets),
+        }
+    }
+
     /// Room for these images twice over, since a reload holds old and new side by side, and some
     /// to grow; at least what a host with a handful of agents needs.
     pub fn for_images(images: &[Image]) -> Self {
@@ -282,14 +294,19 @@ impl Enforcer {
     }
 
     /// Puts these agents in force, all or none, and takes every other one out.
-    pub fn apply(&mut self, images: Vec<Image>) -> Result<Vec<String>, ApplyError> {
-        self.tables.apply(&images)
+    pub fn apply(&mut self, images: &[Image]) -> Result<Vec<String>, ApplyError> {
+        self.tables.apply(images)
     }
 
     /// How agents that were taken over differed from what [`Self::apply`] then put in force: what
     /// the kernel had was not what the registry says now. Each is told once.
     pub fn take_differences(&mut self) -> Vec<Difference> {
         self.tables.take_differences()
+    }
+
+    /// Entries that the maps in use are made for.
+    pub fn capacity(&self) -> Capacity {
+        self.tables.capacity()
     }
 
     /// How the maps in use came about.

@@ -815,13 +815,7 @@ proptest! {
 #[test]
 fn ids_that_look_like_other_names_do_not_meet() {
     let host = Host::new();
-    let ids = [
-        "a",
-        "a.json",
-        "a.hold",
-        "a.json.damaged-1",
-        "index",
-    ];
+    let ids = ["a", "a.json", "a.hold", "a.json.damaged-1", "index"];
     let agents: Vec<_> = ids.iter().map(|id| entry(id, "10.0.0.1")).collect();
     save(&mut host.store(), 1, &agents);
     for id in ids {

@@ -112,7 +112,7 @@ fn one_verdict(ctx: &mut Ctx) -> Result<()> {
         let registry = Registry::generate(dice, "a", AGENTS, &ctx.root())?;
         let images = registry.images();
         let mut enforcer = world.open(Capacity::for_images(&images))?;
-        enforcer.apply(images)?;
+        enforcer.apply(&images)?;
         let mut tally = Tally::new(budget());
         // A few questions to each agent first, so that a slow machine asks about all of them.
         let mut left = QUESTIONS;
@@ -151,7 +151,7 @@ fn over_reloads(ctx: &mut Ctx) -> Result<()> {
         let mut before: Option<&Registry> = None;
         let mut reloads = 0;
         for registry in registries.iter().cycle().take(9) {
-            let changed = enforcer.apply(registry.images())?;
+            let changed = enforcer.apply(&registry.images())?;
             claim(!changed.is_empty(), || "nothing changed".to_owned())?;
             tally.compare(&mut enforcer, registry, dice, 12)?;
             let gone = gone(before, registry);
@@ -166,7 +166,7 @@ fn over_reloads(ctx: &mut Ctx) -> Result<()> {
             many.agents.pop();
             let mut images = many.images();
             images.extend(more.images());
-            match enforcer.apply(images) {
+            match enforcer.apply(&images) {
                 Err(ApplyError::Full { .. }) => {}
                 other => bail!("three times what fits: {other:?}"),
             }
@@ -244,7 +244,7 @@ fn adopted(ctx: &mut Ctx) -> Result<()> {
 
         let mut enforcer = world.open(capacity)?;
         expect("adopted at first", enforcer.born_before_us(), false)?;
-        enforcer.apply(first.images())?;
+        enforcer.apply(&first.images())?;
         tally.compare(&mut enforcer, &first, dice, 20)?;
         drop(enforcer);
 
@@ -252,7 +252,7 @@ fn adopted(ctx: &mut Ctx) -> Result<()> {
         expect("adopted", enforcer.born_before_us(), true)?;
         tally.compare(&mut enforcer, &first, dice, 60)?;
         // The same again, beside what was adopted; then without it.
-        enforcer.apply(first.images())?;
+        enforcer.apply(&first.images())?;
         tally.compare(&mut enforcer, &first, dice, 20)?;
         sleep(GRACE);
         enforcer.sweep();
@@ -261,14 +261,14 @@ fn adopted(ctx: &mut Ctx) -> Result<()> {
 
         // Adopted by one whose registry is another, and killed in the middle of it.
         let mut enforcer = world.open(capacity)?;
-        enforcer.apply(second.images())?;
+        enforcer.apply(&second.images())?;
         tally.compare(&mut enforcer, &second, dice, 20)?;
         tally.compare_gone(&mut enforcer, &gone(Some(&first), &second))?;
         drop(enforcer);
         let mut enforcer = world.open(capacity)?;
         tally.compare(&mut enforcer, &second, dice, 60)?;
         tally.compare_gone(&mut enforcer, &gone(Some(&first), &second))?;
-        enforcer.apply(first.images())?;
+        enforcer.apply(&first.images())?;
         tally.compare(&mut enforcer, &first, dice, 20)?;
         claim(!tally.is_over(), || {
             format!("only {} questions in time", tally.compared)
@@ -284,7 +284,7 @@ fn flipped_rules(ctx: &mut Ctx) -> Result<()> {
         let registry = Registry::generate(dice, "a", 60, &ctx.root())?;
         let images = registry.images();
         let mut enforcer = world.open(Capacity::for_images(&images))?;
-        enforcer.apply(images)?;
+        enforcer.apply(&images)?;
         let mut tally = Tally::new(budget());
         let now = registry.clock.wall_now_ms;
         let valid = |tables: &&AgentTables| {

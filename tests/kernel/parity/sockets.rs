@@ -83,7 +83,7 @@ pub fn fare(ctx: &mut Ctx) -> Result<()> {
         let registry = Registry::generate(dice, "s", AGENTS, &ctx.root())?;
         let images = registry.images();
         let mut enforcer = world.open(Capacity::for_images(&images))?;
-        enforcer.apply(images)?;
+        enforcer.apply(&images)?;
         let mut cgroups = Vec::new();
         for tables in registry.agents.iter().take(AGENTS) {
             if tables.id.starts_with('(') {

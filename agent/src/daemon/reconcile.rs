@@ -1,0 +1,296 @@
+//! Whether the kernel has what the registry says: compared every `reconcile.every` and mended at
+//! once, or when somebody asks.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use tracing::{error, warn};
+
+use super::{core::Core, keeping, time::wall_millis};
+use crate::{
+    audit::{Actor, Decision, Difference, Drifted, Mending},
+    control::{
+        Caller,
+        protocol::{Drift, DriftSummary, Reconciled},
+    },
+    kernel::{self, DriftKind},
+    policy::{self, UnixMillis},
+};
+
+/// What was found so far.
+#[derive(Clone, Debug, Default)]
+pub struct DriftBook {
+    /// What stands, by what tells it from other drift: since when.
+    open: BTreeMap<(&'static str, String), Standing>,
+    summary: DriftSummary,
+}
+
+/// A difference that stands.
+#[derive(Clone, Copy, Debug)]
+struct Standing {
+    since: UnixMillis,
+    /// Whether the log has it, as found and as not mended.
+    told: bool,
+    told_failed: bool,
+}
+
+impl DriftBook {
+    /// In short.
+    pub fn summary(&self) -> DriftSummary {
+        self.summary
+    }
+}
+
+impl Core {
+    /// The comparison that runs by itself: whatever differs is mended.
+    pub(super) fn mend(&mut self) {
+        self.survey();
+        self.hold_again();
+        self.reconcile(true, Actor::Daemon);
+    }
+
+    /// The one that somebody asked for.
+    pub(super) fn reconcile_on_request(&mut self, caller: &Caller, repair: bool) -> Reconciled {
+        if repair {
+            self.survey();
+            self.hold_again();
+        }
+        self.reconcile(repair, keeping::actor(caller))
+    }
+
+    fn reconcile(&mut self, repair: bool, by: Actor) -> Reconciled {
+        let began = Instant::now();
+        let now = wall_millis();
+        let found = self.enforcer.inspect();
+        let mut seen = BTreeMap::new();
+        for drift in &found {
+            let key = (drift.kind.name(), drift.what.clone());
+            let standing = self.drift.open.get(&key).copied().unwrap_or(Standing {
+                since: now,
+                told: false,
+                told_failed: false,
+            });
+            if !standing.told {
+                self.drift.summary.found += 1;
+                self.drift.summary.last_ms = Some(now);
+            }
+            seen.insert(key, standing);
+        }
+        self.drift.open = seen;
+
+        let outcomes: Vec<Mending> = if repair && !found.is_empty() {
+            warn!(
+                message = "Registry and kernel disagree; mending.",
+                differences = found.len()
+            );
+            let repaired = self.enforcer.repair(&found);
+            let left: BTreeSet<(&str, String)> = self
+                .enforcer
+                .inspect()
+                .into_iter()
+                .map(|drift| (drift.kind.name(), drift.what))
+                .collect();
+            self.recorder.learn(
+                &self.enforcer,
+                self.force.revision,
+                super::core::all(&self.force),
+            );
+            // What was open in between may have let something through.
+            self.close_unreachable(None);
+            repaired
+                .into_iter()
+                .map(|repair| match repair.failed {
+                    Some(why) => Mending::Failed(why),
+                    None if left.contains(&(repair.drift.kind.name(), repair.drift.what)) => {
+                        Mending::Failed("it differs again".to_owned())
+                    }
+                    None => Mending::Mended,
+                })
+                .collect()
+        } else {
+            vec![Mending::NotTried; found.len()]
+        };
+
+        let mut drift = Vec::new();
+        for (each, mending) in found.into_iter().zip(outcomes) {
+            drift.push(self.tell(each, mending, by));
+        }
+        self.drift.summary.checked_ms = Some(now);
+        self.drift.summary.open = self.drift.open.len() as u64;
+        match self.drift.open.keys().next() {
+            Some((kind, what)) => {
+                let others = self.drift.open.len() - 1;
+                self.problems.insert(
+                    "drift",
+                    format!("registry and kernel disagree: {kind}: {what}, and {others} more"),
+                );
+            }
+            None => drop(self.problems.remove("drift")),
+        }
+        Reconciled {
+            checked_ms: now,
+            took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            entries: self.enforcer.compared(),
+            drift,
+            information: self.information(),
+        }
+    }
+
+    /// Writes a difference down, once for each turn that it takes.
+    fn tell(&mut self, drift: kernel::Drift, mending: Mending, by: Actor) -> Drift {
+        let key = (drift.kind.name(), drift.what.clone());
+        let mut standing = self.drift.open.get(&key).copied().unwrap_or(Standing {
+            since: wall_millis(),
+            told: false,
+            told_failed: false,
+        });
+        let (repaired, error) = match &mending {
+            Mending::NotTried => (None, None),
+            Mending::Mended => (Some(true), None),
+            Mending::Failed(why) => (Some(false), Some(why.clone())),
+        };
+        let root = drift.root();
+        let news = match &mending {
+            Mending::NotTried => !standing.told,
+            Mending::Mended => true,
+            Mending::Failed(_) => !standing.told_failed,
+        };
+        standing.told = true;
+        standing.told_failed |= matches!(mending, Mending::Failed(_));
+        if mending == Mending::Mended {
+            self.drift.open.remove(&key);
+        } else {
+            self.drift.open.insert(key, standing);
+        }
+        if news {
+            let hash = drift
+                .agent
+                .as_ref()
+                .and_then(|id| self.force.agents.get(id))
+                .map(|agent| agent.tables.hash.clone());
+            let drifted = Drifted {
+                difference: Difference {
+                    kind: drift.kind.name().to_owned(),
+                    what: drift.what.clone(),
+                    agent: drift.agent.clone().map(named),
+                    root: root.clone(),
+                    found: drift.found.clone(),
+                    wanted: drift.wanted.clone(),
+                    mending,
+                },
+                since: standing.since,
+                hash,
+                by,
+                revision: self.force.revision,
+            };
+            warn!(message = "Drift.", what = drifted.difference.sentence());
+            self.decide(Decision::Drifted(Box::new(drifted)));
+        }
+        Drift {
+            kind: drift.kind.name().to_owned(),
+            what: drift.what,
+            agent: drift.agent.map(named),
+            root,
+            found: drift.found,
+            wanted: drift.wanted,
+            since_ms: standing.since,
+            repaired,
+            error,
+        }
+    }
+
+    /// Programs that somebody had put under the links of the fence, as this daemon found it. They
+    /// have been replaced.
+    pub(super) fn decide_foreign(&mut self) {
+        let found: Vec<_> = self
+            .enforcer
+            .fences()
+            .flat_map(|(root, fence)| {
+                let foreign = fence.found_foreign().iter();
+                foreign.map(|found| (root.to_owned(), found.hook, found.program))
+            })
+            .collect();
+        for (root, hook, program) in found {
+            let drifted = Drifted {
+                difference: Difference {
+                    kind: DriftKind::ForeignProgram.name().to_owned(),
+                    what: format!("link of {hook}"),
+                    agent: None,
+                    root: Some(root),
+                    found: format!("program {program}, which remit did not attach"),
+                    wanted: "a program of remit's".to_owned(),
+                    mending: Mending::Mended,
+                },
+                since: wall_millis(),
+                hash: None,
+                by: Actor::Daemon,
+                revision: self.force.revision,
+            };
+            self.drift.summary.found += 1;
+            self.drift.summary.last_ms = Some(wall_millis());
+            self.decide(Decision::Drifted(Box::new(drifted)));
+        }
+    }
+
+    /// Holds that could not be put in force when they were asked for.
+    fn hold_again(&mut self) {
+        let waiting: Vec<String> = self
+            .force
+            .agents
+            .iter()
+            .filter(|(id, agent)| agent.hold.as_ref() != self.holds.get(id))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in waiting {
+            if let Err(why) = self.put_in_force(&id) {
+                error!(
+                    message = "A held agent is not held in the kernel.",
+                    agent = id,
+                    why
+                );
+                self.problems
+                    .insert("holds", format!("`{id}` is not held in the kernel: {why}"));
+                return;
+            }
+        }
+        self.problems.remove("holds");
+    }
+
+    /// What is worth knowing and no drift.
+    fn information(&self) -> Vec<String> {
+        let mut told: Vec<String> = self
+            .force
+            .agents
+            .keys()
+            .filter(|id| {
+                let index = self.enforcer.index_of(id);
+                !self.claims.values().any(|(_, agent)| Some(*agent) == index)
+            })
+            .map(|id| format!("agent `{id}` has no cgroup"))
+            .collect();
+        for (root, fence) in self.enforcer.fences() {
+            for guard in fence.guards() {
+                if !guard.others.is_empty() {
+                    let ids: Vec<_> = guard.others.iter().map(ToString::to_string).collect();
+                    told.push(format!(
+                        "other programs run on {} of `{root}`: {}",
+                        guard.hook,
+                        ids.join(", ")
+                    ));
+                }
+            }
+        }
+        told
+    }
+}
+
+/// What an agent is called outside the kernel's tables.
+fn named(id: String) -> String {
+    if id == policy::UNREGISTERED_ID {
+        "unregistered".to_owned()
+    } else {
+        id
+    }
+}
