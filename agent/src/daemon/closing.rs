@@ -129,12 +129,12 @@ pub fn close_unreachable(
     };
     let pids = attribution.processes(agents);
     for namespace in Namespaces::of(pids) {
-        let listed = namespace.and_then(|namespace| {
+        let listed = namespace.and_then(|mut namespace| {
             let connections = namespace.connections()?;
             Ok((namespace, connections))
         });
         match listed {
-            Ok((namespace, connections)) => {
+            Ok((mut namespace, connections)) => {
                 let doomed = doomed(
                     enforcer,
                     &mut attribution,
@@ -142,7 +142,7 @@ pub fn close_unreachable(
                     agents,
                     &mut closed,
                 );
-                end(&namespace, &doomed, &mut closed);
+                end(&mut namespace, &doomed, &mut closed);
             }
             Err(error) => closed.failed(error),
         }
@@ -203,7 +203,7 @@ fn doomed<'a>(
     doomed
 }
 
-fn end(namespace: &Namespace, doomed: &[&Connection], closed: &mut Closed) {
+fn end(namespace: &mut Namespace, doomed: &[&Connection], closed: &mut Closed) {
     for connection in doomed {
         match namespace.destroy(connection) {
             Ok(Ended::Now) => closed.closed += 1,
