@@ -370,3 +370,26 @@ impl<'a> Ends<'a> {
 fn ip(at: SocketAddr) -> Addr {
     Addr::from(at.ip())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_its_outermost_claimants_or_nobodys_and_only_below_a_root() {
+        let path = |text: &str| text.parse::<CgroupPath>().unwrap();
+        let roots = [path("/agents.slice")];
+        let claims = BTreeMap::from([
+            (path("/agents.slice/a.service"), (11, 1)),
+            (path("/agents.slice/a.service/in/b"), (12, 2)),
+            (path("/elsewhere"), (13, 3)),
+        ]);
+        let at = |text: &str| agent_at(&path(text), &roots, &claims);
+        assert_eq!(at("/agents.slice/a.service"), Some(1));
+        assert_eq!(at("/agents.slice/a.service/in/b/deep"), Some(1));
+        assert_eq!(at("/agents.slice/a.service.d"), Some(UNREGISTERED));
+        assert_eq!(at("/agents.slice"), Some(UNREGISTERED));
+        assert_eq!(at("/elsewhere"), None);
+        assert_eq!(at("/"), None);
+    }
+}
