@@ -44,7 +44,11 @@ const STRANGERS: u32 = 1000;
 /// A `NETLINK_SOCK_DIAG` socket. It asks about the network namespace in which it was opened,
 /// whichever thread uses it afterwards.
 #[derive(Debug)]
-pub struct SockDiag(OwnedFd);
+pub struct SockDiag {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+    sequence: u32,
+}
 
 /// One message: its type and what follows the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +77,11 @@ impl SockDiag {
         )?;
         let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
         setsockopt(&netlink, sockopt::ReceiveTimeout, &patience)?;
-        Ok(Self(netlink))
+        Ok(Self {
+            socket: netlink,
+            buffer: vec![0; BUFFER],
+            sequence: 0,
+        })
     }
 
     /// Puts a request and hands each content of the answer to `each`, until the kernel says that
@@ -82,21 +90,21 @@ impl SockDiag {
     /// # Errors
     /// The kernel's error number, or why the answer could not be had.
     pub fn ask(
-        &self,
+        &mut self,
         kind: u16,
         flags: u16,
-        sequence: u32,
         body: &[u8],
         mut each: impl FnMut(&[u8]) -> More,
     ) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence;
         let request = request(kind, flags, sequence, body)?;
-        let fd = self.0.as_raw_fd();
+        let fd = self.socket.as_raw_fd();
         let kernel = NetlinkAddr::new(0, 0);
         sendto(fd, &request, &kernel, MsgFlags::empty())?;
-        let mut buffer = vec![0; BUFFER];
         let mut strangers = 0;
         loop {
-            let (length, from) = match recvfrom::<NetlinkAddr>(fd, &mut buffer) {
+            let (length, from) = match recvfrom::<NetlinkAddr>(fd, &mut self.buffer) {
                 Ok(received) => received,
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(errno) => return Err(errno.into()),
@@ -109,7 +117,7 @@ impl SockDiag {
                 }
                 continue;
             }
-            let answer = buffer.get(..length).unwrap_or_default();
+            let answer = self.buffer.get(..length).unwrap_or_default();
             for message in messages(answer, kind, sequence) {
                 match message? {
                     Message::Late => {}

@@ -43,7 +43,7 @@ fn peer_inode(connection: BorrowedFd<'_>) -> io::Result<u32> {
     let inode = u32::try_from(fstat(connection)?.st_ino).map_err(io::Error::other)?;
     let mut peer = None;
     // ENOENT about a socket that we hold means that no module answers for unix sockets.
-    SockDiag::open()?.ask(SOCK_DIAG_BY_FAMILY, 0, 1, &request(inode), |answer| {
+    SockDiag::open()?.ask(SOCK_DIAG_BY_FAMILY, 0, &request(inode), |answer| {
         peer = parse(answer, inode);
         More::Enough
     })?;

@@ -129,12 +129,12 @@ pub fn close_unreachable(
     };
     let pids = attribution.processes(agents);
     for namespace in Namespaces::of(pids) {
-        let listed = namespace.and_then(|namespace| {
+        let listed = namespace.and_then(|mut namespace| {
             let connections = namespace.connections()?;
             Ok((namespace, connections))
         });
         match listed {
-            Ok((namespace, connections)) => {
+            Ok((mut namespace, connections)) => {
                 let doomed = doomed(
                     enforcer,
                     &mut attribution,
@@ -142,7 +142,7 @@ pub fn close_unreachable(
                     agents,
                     &mut closed,
                 );
-                end(&namespace, &doomed, &mut closed);
+                end(&mut namespace, &doomed, &mut closed);
             }
             Err(error) => closed.failed(error),
         }
@@ -203,7 +203,7 @@ fn doomed<'a>(
     doomed
 }
 
-fn end(namespace: &Namespace, doomed: &[&Connection], closed: &mut Closed) {
+fn end(namespace: &mut Namespace, doomed: &[&Connection], closed: &mut Closed) {
     for connection in doomed {
         match namespace.destroy(connection) {
             Ok(Ended::Now) => closed.closed += 1,
@@ -369,4 +369,27 @@ impl<'a> Ends<'a> {
 /// The address, v4-mapped and plain IPv4 as one.
 fn ip(at: SocketAddr) -> Addr {
     Addr::from(at.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_its_outermost_claimants_or_nobodys_and_only_below_a_root() {
+        let path = |text: &str| text.parse::<CgroupPath>().unwrap();
+        let roots = [path("/agents.slice")];
+        let claims = BTreeMap::from([
+            (path("/agents.slice/a.service"), (11, 1)),
+            (path("/agents.slice/a.service/in/b"), (12, 2)),
+            (path("/elsewhere"), (13, 3)),
+        ]);
+        let at = |text: &str| agent_at(&path(text), &roots, &claims);
+        assert_eq!(at("/agents.slice/a.service"), Some(1));
+        assert_eq!(at("/agents.slice/a.service/in/b/deep"), Some(1));
+        assert_eq!(at("/agents.slice/a.service.d"), Some(UNREGISTERED));
+        assert_eq!(at("/agents.slice"), Some(UNREGISTERED));
+        assert_eq!(at("/elsewhere"), None);
+        assert_eq!(at("/"), None);
+    }
 }

@@ -104,7 +104,7 @@ impl Namespace {
     ///
     /// # Errors
     /// When the kernel cannot, or does not.
-    pub fn connections(&self) -> Result<Vec<Connection>, Error> {
+    pub fn connections(&mut self) -> Result<Vec<Connection>, Error> {
         let mut found = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut torn = false;
@@ -116,13 +116,9 @@ impl Namespace {
                 More::Wanted
             };
             let body = request(family as u8, STATES, &[0; ID]);
-            let asked = self.netlink.ask(
-                SOCK_DIAG_BY_FAMILY,
-                NLM_F_DUMP,
-                self.next(),
-                &body,
-                &mut list,
-            );
+            let asked = self
+                .netlink
+                .ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &body, &mut list);
             match asked {
                 Ok(()) if torn => {
                     return Err(failed(
@@ -145,13 +141,11 @@ impl Namespace {
     ///
     /// # Errors
     /// When the kernel cannot, or does not.
-    pub fn destroy(&self, connection: &Connection) -> Result<Ended, Error> {
+    pub fn destroy(&mut self, connection: &Connection) -> Result<Ended, Error> {
         let body = request(connection.family, u32::MAX, &connection.id);
         let asked = self
             .netlink
-            .ask(SOCK_DESTROY, NLM_F_ACK, self.next(), &body, |_| {
-                More::Wanted
-            });
+            .ask(SOCK_DESTROY, NLM_F_ACK, &body, |_| More::Wanted);
         match asked {
             Ok(()) => Ok(Ended::Now),
             Err(error) => match error.raw_os_error() {
@@ -274,7 +268,7 @@ mod tests {
             TcpStream::connect(to).unwrap(),
         );
         let mut namespaces = Namespaces::of([std::process::id(), u32::MAX]);
-        let namespace = namespaces.next().unwrap().unwrap();
+        let mut namespace = namespaces.next().unwrap().unwrap();
         assert!(namespaces.next().is_none());
         let list = namespace.connections().unwrap();
         let find = |local| {

@@ -2,7 +2,6 @@
 //! socket was opened, so only opening one needs to be there.
 
 use std::{
-    cell::Cell,
     collections::{BTreeMap, btree_map},
     fs::{self, File},
     io,
@@ -25,7 +24,6 @@ pub struct Namespace {
     /// What identifies it: the number in `net:[…]`.
     pub inode: u64,
     pub(super) netlink: SockDiag,
-    sequence: Cell<u32>,
 }
 
 /// The namespaces of some processes and the own one, each once, and each opened when it is its
@@ -35,25 +33,6 @@ pub struct Namespaces {
     own: io::Result<u64>,
     told_own: bool,
     others: btree_map::IntoIter<u64, Vec<u32>>,
-}
-
-// === impl Namespace ===
-
-impl Namespace {
-    fn new(inode: u64, netlink: SockDiag) -> Self {
-        Self {
-            inode,
-            netlink,
-            sequence: Cell::new(0),
-        }
-    }
-
-    /// A number for the next request.
-    pub(super) fn next(&self) -> u32 {
-        let next = self.sequence.get().wrapping_add(1);
-        self.sequence.set(next);
-        next
-    }
 }
 
 // === impl Namespaces ===
@@ -88,7 +67,7 @@ impl Iterator for Namespaces {
         if !self.told_own {
             self.told_own = true;
             let inode = *self.own.as_ref().unwrap_or(&0);
-            let opened = SockDiag::open().map(|netlink| Namespace::new(inode, netlink));
+            let opened = SockDiag::open().map(|netlink| Namespace { inode, netlink });
             return Some(opened.map_err(|error| failed("open sock_diag", error)));
         }
         for (inode, pids) in self.others.by_ref() {
@@ -98,7 +77,7 @@ impl Iterator for Namespaces {
             };
             return Some(
                 enter(&file)
-                    .map(|netlink| Namespace::new(inode, netlink))
+                    .map(|netlink| Namespace { inode, netlink })
                     .map_err(|error| failed(ENTER, error)),
             );
         }
