@@ -5,6 +5,7 @@ use crate::harness::Case;
 mod change;
 mod control;
 mod deny;
+mod drift;
 mod floor;
 mod icmp;
 mod lifecycle;
@@ -32,6 +33,7 @@ pub fn cases() -> Vec<Case> {
         membership::cases(),
         change::cases(),
         parity::cases(),
+        drift::cases(),
     ]
     .into_iter()
     .flatten()

@@ -162,7 +162,12 @@ impl Fence {
             .and_then(|fence| fence.links.iter().find(|held| held.expected == expected))
             .and_then(|held| held.link.try_clone().ok());
         let places: Vec<PathBuf> = std::iter::once(pin.clone())
-            .chain(raising.elsewhere.iter().map(|dir| dir.join(expected.program)))
+            .chain(
+                raising
+                    .elsewhere
+                    .iter()
+                    .map(|dir| dir.join(expected.program)),
+            )
             .collect();
         let candidates = held
             .into_iter()
@@ -303,9 +308,7 @@ pub(super) fn move_stray(
     let info = sys::link_info(link.as_fd()).ok();
     let fd = expected
         .filter(|expected| {
-            info.is_some_and(|info| {
-                info.cgroup != 0 && info.attach_type == expected.attach_type
-            })
+            info.is_some_and(|info| info.cgroup != 0 && info.attach_type == expected.attach_type)
         })
         .and_then(|expected| program_fd(ebpf, *expected));
     let Some(fd) = fd else {

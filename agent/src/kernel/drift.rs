@@ -136,7 +136,9 @@ impl Enforcer {
                             }
                         }
                     }
-                    (Target::MapPin(name), _) => self.pin_map(name).map_err(|error| error.to_string()),
+                    (Target::MapPin(name), _) => {
+                        self.pin_map(name).map_err(|error| error.to_string())
+                    }
                     (Target::ProgramPin(hook), _) => {
                         self.pin_program(*hook).map_err(|error| error.to_string())
                     }

@@ -133,7 +133,11 @@ fn describe_time(nanos: u64) -> String {
     match nanos {
         0 => "the start".to_owned(),
         NEVER => "ever".to_owned(),
-        _ => format!("boot + {}.{:03} s", nanos / 1_000_000_000, nanos / 1_000_000 % 1000),
+        _ => format!(
+            "boot + {}.{:03} s",
+            nanos / 1_000_000_000,
+            nanos / 1_000_000 % 1000
+        ),
     }
 }
 
@@ -217,11 +221,26 @@ mod tests {
             wanted.differences(&row, found(kernel).into_iter()).len()
         };
         for row in [
-            AgentRow { state: 9, ..wanted.row },
-            AgentRow { pad: [0, 0, 1], ..wanted.row },
-            AgentRow { deadline: NEVER, ..wanted.row },
-            AgentRow { not_before: 1, ..wanted.row },
-            AgentRow { deadline: wanted.row.deadline + DEADLINE_SLACK, ..wanted.row },
+            AgentRow {
+                state: 9,
+                ..wanted.row
+            },
+            AgentRow {
+                pad: [0, 0, 1],
+                ..wanted.row
+            },
+            AgentRow {
+                deadline: NEVER,
+                ..wanted.row
+            },
+            AgentRow {
+                not_before: 1,
+                ..wanted.row
+            },
+            AgentRow {
+                deadline: wanted.row.deadline + DEADLINE_SLACK,
+                ..wanted.row
+            },
         ] {
             assert_eq!(count(row, &wanted), 1, "{row:?}");
         }
@@ -237,7 +256,13 @@ mod tests {
         let mut kernel = wanted.clone();
         let moved = kernel.serve.pop().unwrap();
         assert_eq!(count(wanted.row, &kernel), 1, "a prefix less");
-        kernel.reach.push((Prefix { len: 128, ..moved.0 }, moved.1));
+        kernel.reach.push((
+            Prefix {
+                len: 128,
+                ..moved.0
+            },
+            moved.1,
+        ));
         assert_eq!(count(wanted.row, &kernel), 2, "in the wrong space");
         let unreadable = found(&wanted).into_iter().map(|found| Found {
             rules: None,

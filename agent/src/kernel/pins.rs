@@ -370,7 +370,9 @@ mod tests {
         for number in [1, 2, 10, u32::MAX] {
             assert_eq!(serial(&dir_name("maps", number), "maps"), Some(number));
         }
-        for name in ["maps-1", "maps-02", "maps-", "maps-x", "mapsy", "map", "maps-+3"] {
+        for name in [
+            "maps-1", "maps-02", "maps-", "maps-x", "mapsy", "map", "maps-+3",
+        ] {
             assert_eq!(serial(name, "maps"), None, "{name}");
         }
     }
@@ -392,7 +394,11 @@ mod tests {
         fs::write(base.path().join("v1/links/agents+slice/remit_egress"), "").unwrap();
         fs::write(base.path().join("v1/maps-7"), "a file").unwrap();
         let survey = Survey::read(base.path()).unwrap();
-        let versions: Vec<u32> = survey.versions.iter().map(|(version, _)| *version).collect();
+        let versions: Vec<u32> = survey
+            .versions
+            .iter()
+            .map(|(version, _)| *version)
+            .collect();
         assert_eq!(versions, [1, 2, 10]);
         let sets: Vec<_> = survey
             .sets
@@ -406,7 +412,10 @@ mod tests {
             panic!("{:?}", survey.links)
         };
         assert_eq!((link.version, link.root.as_str()), (1, "agents+slice"));
-        assert_eq!(Survey::read(&base.path().join("none")).unwrap(), Survey::default());
+        assert_eq!(
+            Survey::read(&base.path().join("none")).unwrap(),
+            Survey::default()
+        );
     }
 
     #[test]

@@ -280,7 +280,8 @@ mod tests {
     #[test]
     fn what_no_daemon_writes_is_nobodys_equal() {
         let good = blocks(&rules(12), &[1, 2]);
-        let adopted_rules = |found: &[(u32, RuleSet)]| adopted(8, &[found]).rules(1).map(<[_]>::len);
+        let adopted_rules =
+            |found: &[(u32, RuleSet)]| adopted(8, &[found]).rules(1).map(<[_]>::len);
         assert_eq!(adopted_rules(&good), Some(12));
         // A loop, a longer length, a hidden rule behind the length, a chain that breaks off.
         let mut chain = good.clone();
@@ -290,7 +291,10 @@ mod tests {
         chain[1].1.len = u32::MAX;
         assert_eq!(adopted_rules(&chain), None);
         let mut chain = good.clone();
-        chain[1].1.rules[7] = Rule { high: u16::MAX, ..Rule::zeroed() };
+        chain[1].1.rules[7] = Rule {
+            high: u16::MAX,
+            ..Rule::zeroed()
+        };
         assert_eq!(adopted_rules(&chain), None);
         assert_eq!(adopted_rules(&good[..1]), None);
         // Chains that share a block: the second is not trusted, and frees nothing of the first.

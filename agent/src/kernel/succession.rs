@@ -96,7 +96,10 @@ pub fn plan(base: &Path, survey: &Survey, known: &Known) -> Plan {
             Some(why) => why,
         },
         [] => "the pins of its maps are gone".to_owned(),
-        many => format!("{} sets of maps are pinned: a change was cut short", many.len()),
+        many => format!(
+            "{} sets of maps are pinned: a change was cut short",
+            many.len()
+        ),
     };
     replace(base, &survey.sets, why)
 }
@@ -133,8 +136,8 @@ fn unusable(set: &Dir, survey: &Survey, known: &Known) -> Option<String> {
     };
     let mut policy = HashSet::new();
     for shape in object::shapes(&sizes) {
-        let info = map_at(&set.path.join(shape.name))
-            .and_then(|map| map.info().map_err(io::Error::other));
+        let info =
+            map_at(&set.path.join(shape.name)).and_then(|map| map.info().map_err(io::Error::other));
         match info {
             Ok(info) => {
                 if let Some(why) = shape.misfit(&info, sizes.agents) {
@@ -173,7 +176,10 @@ pub fn carry(old: &[Dir], set: &Path, capacity: &Capacity) -> io::Result<Vec<&'s
         let fits = |dir: &Dir| {
             let map = map_at(&dir.path.join(shape.name)).ok()?;
             let info = map.info().ok()?;
-            shape.misfit(&info, capacity.agents).is_none().then_some(map)
+            shape
+                .misfit(&info, capacity.agents)
+                .is_none()
+                .then_some(map)
         };
         match old.iter().rev().find_map(fits) {
             Some(map) => sys::pin(map.fd().as_fd(), &set.join(shape.name))?,

@@ -69,10 +69,7 @@ impl Tally {
 }
 
 /// Makes a map of sums: one for each agent, in this version's layout.
-pub fn sums(
-    agents: u32,
-    mut sum: impl FnMut(u32) -> io::Result<Counters>,
-) -> io::Result<OwnedFd> {
+pub fn sums(agents: u32, mut sum: impl FnMut(u32) -> io::Result<Counters>) -> io::Result<OwnedFd> {
     let map = sys::create_array("carried", size_of::<Counters>() as u32, agents)?;
     for agent in 0..agents {
         let counters = sum(agent)?;
@@ -109,7 +106,11 @@ fn decode(value: &[u8]) -> Counters {
     for (slot, word) in counters.denied.iter_mut().zip(denied) {
         *slot = *word;
     }
-    for (slot, word) in counters.monitored.iter_mut().zip(monitored.iter().take(reasons)) {
+    for (slot, word) in counters
+        .monitored
+        .iter_mut()
+        .zip(monitored.iter().take(reasons))
+    {
         *slot = *word;
     }
     counters
@@ -138,14 +139,23 @@ mod tests {
     #[test]
     fn any_layout_is_read() {
         let reasons = REASONS as u64;
-        for (reasons, more) in [(reasons, 0), (reasons, 1), (reasons + 3, 0), (reasons - 4, 1)] {
+        for (reasons, more) in [
+            (reasons, 0),
+            (reasons, 1),
+            (reasons + 3, 0),
+            (reasons - 4, 1),
+        ] {
             let counters = decode(&value(reasons, more));
             let known = REASONS.min(reasons as usize);
             assert_eq!(counters.allowed, 7);
             for at in 0..REASONS {
                 let expected = |base| if at < known { base + at as u64 + 1 } else { 0 };
                 assert_eq!(counters.denied[at], expected(100), "{reasons} {more} {at}");
-                assert_eq!(counters.monitored[at], expected(200), "{reasons} {more} {at}");
+                assert_eq!(
+                    counters.monitored[at],
+                    expected(200),
+                    "{reasons} {more} {at}"
+                );
             }
         }
         assert_eq!(decode(&[]), Counters::zeroed());

@@ -5,7 +5,8 @@
 use std::collections::{HashMap, HashSet};
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, ROW_INDEX_BITS, RuleSet, SETS_PER_ADDRESS, SERVE, SPACE_BITS, ScopeKey, UNREGISTERED,
+    AgentName, AgentRow, ROW_INDEX_BITS, RuleSet, SERVE, SETS_PER_ADDRESS, SPACE_BITS, ScopeKey,
+    UNREGISTERED,
 };
 use aya::maps::{MapError, lpm_trie::Key};
 

@@ -151,7 +151,9 @@ impl Report<'_> {
                 Ok(found) => {
                     let empty = found.bytes.iter().all(|byte| *byte == 0);
                     let found = id_of(&found).unwrap_or_else(|| {
-                        String::from_utf8_lossy(&found.bytes).escape_debug().to_string()
+                        String::from_utf8_lossy(&found.bytes)
+                            .escape_debug()
+                            .to_string()
                     });
                     self.add(
                         kind(empty, id.is_empty()),
@@ -198,7 +200,13 @@ impl Report<'_> {
             };
             let what = format!("{} {place}", place.map());
             let found = format!("rule set [{set}]");
-            self.add(kind, what, agent, (found, wanted), Spot::Key(SpotKey(place)));
+            self.add(
+                kind,
+                what,
+                agent,
+                (found, wanted),
+                Spot::Key(SpotKey(place)),
+            );
         }
         let missing: BTreeMap<String, (Place, u32, u32)> = wanted
             .into_iter()
@@ -263,7 +271,11 @@ impl Report<'_> {
                 wrong.push((*cgroup, found, Some(*wanted)));
             }
         }
-        wrong.extend(found.iter().map(|(cgroup, agent)| (*cgroup, Some(*agent), None)));
+        wrong.extend(
+            found
+                .iter()
+                .map(|(cgroup, agent)| (*cgroup, Some(*agent), None)),
+        );
         wrong.sort_unstable();
         for (cgroup, found, wanted) in wrong {
             self.add(
@@ -307,7 +319,12 @@ fn describe_word(word: u64) -> String {
 /// A block for people. Every byte may be anything.
 fn describe_set(set: &RuleSet) -> String {
     let is_used = |rule: &&Rule| **rule != Rule::UNUSED;
-    let mut rules: Vec<String> = set.rules.iter().filter(is_used).map(describe_rule).collect();
+    let mut rules: Vec<String> = set
+        .rules
+        .iter()
+        .filter(is_used)
+        .map(describe_rule)
+        .collect();
     if rules.is_empty() {
         rules.push("no rules".to_owned());
     }

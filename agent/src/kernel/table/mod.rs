@@ -364,10 +364,7 @@ impl Tables {
             index.map(|index| gone.remove(index));
             let now = index.and_then(|index| self.in_force.get(index));
             let same = now.is_some_and(|now| {
-                now.row.is_some()
-                    && image
-                        .differences(&now.content, self.found(now))
-                        .is_empty()
+                now.row.is_some() && image.differences(&now.content, self.found(now)).is_empty()
             });
             if !same {
                 changed.push(image.id.clone());
