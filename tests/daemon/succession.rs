@@ -22,7 +22,7 @@ use crate::{
     support::{
         Actor, Agent, Cgroup, Ctx, Family, Fixture, Refusal, Way, claim, expect,
         network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
-        remit,
+        remit as command,
         way::PAYLOAD,
     },
 };
@@ -140,7 +140,7 @@ fn in_force(fx: &mut Fixture, actor: &mut Actor, own: SocketAddr) -> Result<()> 
 }
 
 fn there_and_back(ctx: &mut Ctx) -> Result<()> {
-    let (this, next) = (remit::binary()?, remit::next_binary()?);
+    let (this, next) = (command::binary()?, command::next_binary()?);
     let mut fx = Fixture::start(ctx, &[Agent::standard("alpha"), Agent::new("beta")])?;
     let bpf = fx.place().at("bpf");
     let mut actor = fx.actor("alpha")?;
@@ -176,7 +176,7 @@ fn there_and_back(ctx: &mut Ctx) -> Result<()> {
 }
 
 fn killed_at_any_moment(ctx: &mut Ctx) -> Result<()> {
-    let (this, next) = (remit::binary()?, remit::next_binary()?);
+    let (this, next) = (command::binary()?, command::next_binary()?);
     let mut fx = Fixture::start(ctx, &[Agent::standard("alpha"), Agent::new("beta")])?;
     let bpf = fx.place().at("bpf");
     let mut actor = fx.actor("alpha")?;
@@ -251,11 +251,13 @@ fn images(ctx: &Ctx, agents: &[Agent]) -> Result<Vec<Image>> {
         })
         .collect();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    let now = i64::try_from(now.as_millis())?;
     let clock = Clock {
         boot_now_ns: boot_nanos(),
-        wall_now_ms: i64::try_from(now.as_millis())?,
+        wall_now_ms: now,
+        latest_now_ms: now,
     };
-    let compiled = compile(&sources, clock.wall_now_ms);
+    let compiled = compile(&sources, now);
     if compiled.findings.iter().any(|finding| finding.is_error()) {
         bail!("{:?}", compiled.findings);
     }
