@@ -39,10 +39,12 @@ fn main() -> Result<()> {
     // child cargo use `-Z build-std` on the stable toolchain; it is set for nobody else.
     unsafe { env::set_var("RUSTC_BOOTSTRAP", "1") };
     let toolchain = env::var("REMIT_BPF_TOOLCHAIN").or_else(|_| env::var("RUSTUP_TOOLCHAIN"));
+    let next = env::var_os("CARGO_FEATURE_ABI_NEXT").map(|_| "abi-next");
     aya_build::build_ebpf(
         [Package {
             name: "agent-ebpf",
             root_dir: "../agent-ebpf",
+            features: next.as_slice(),
             ..Package::default()
         }],
         Toolchain::Custom(toolchain.as_deref().unwrap_or("stable")),

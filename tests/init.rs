@@ -70,6 +70,7 @@ fn boot() -> Result<()> {
         .env_clear()
         .env("PATH", "/bin:/sbin:/usr/bin")
         .env("REMIT_BIN", "/bin/remit")
+        .env("REMIT_NEXT_BIN", "/bin/remit-next")
         .env("REMIT_TEST_VM", "1")
         .spawn()
         .context("cannot start /bin/remit-tests")?;

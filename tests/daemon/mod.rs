@@ -8,6 +8,7 @@ pub mod faults;
 mod flood;
 mod life;
 mod run;
+mod succession;
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
@@ -18,6 +19,7 @@ pub fn cases() -> Vec<Case> {
         bad_registry::cases(),
         flood::cases(),
         run::cases(),
+        succession::cases(),
     ]
     .into_iter()
     .flatten()

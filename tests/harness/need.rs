@@ -11,6 +11,8 @@ pub enum Need {
     CgroupV2,
     /// The `remit` binary.
     Remit,
+    /// The `remit` binary of the next ABI version.
+    Next,
     /// A socket of this domain, type and protocol can be made.
     Socket(&'static str, i32, i32, i32),
     /// io_uring is built in and allowed.
@@ -25,6 +27,9 @@ impl Need {
             Self::Root => Err("not root".to_owned()),
             Self::CgroupV2 => cgroup::mount().map(drop).map_err(|error| error.to_string()),
             Self::Remit => remit::binary().map(drop).map_err(|error| error.to_string()),
+            Self::Next => remit::next_binary()
+                .map(drop)
+                .map_err(|error| error.to_string()),
             Self::Socket(name, domain, kind, protocol) => {
                 crate::actor::socket::open(domain, kind, protocol)
                     .map(drop)

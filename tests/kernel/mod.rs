@@ -5,6 +5,7 @@ use crate::harness::Case;
 mod change;
 mod control;
 mod deny;
+mod drift;
 mod floor;
 mod icmp;
 mod lifecycle;
@@ -34,6 +35,7 @@ pub fn cases() -> Vec<Case> {
         change::cases(),
         open_tcp::cases(),
         parity::cases(),
+        drift::cases(),
     ]
     .into_iter()
     .flatten()

@@ -109,7 +109,12 @@ impl Place {
 
     /// `remit ARGS` with this place's settings.
     pub fn command(&self, args: &[&str]) -> Result<Command> {
-        let mut command = Command::new(remit::binary()?);
+        self.command_of(&remit::binary()?, args)
+    }
+
+    /// The same of another binary.
+    pub fn command_of(&self, binary: &Path, args: &[&str]) -> Result<Command> {
+        let mut command = Command::new(binary);
         command.env("REMIT_CONFIG", self.config()).args(args);
         Ok(command)
     }
@@ -145,6 +150,27 @@ impl Daemon {
 
     /// The same with further arguments.
     pub fn restart_with(&mut self, further: &[&str]) -> Result<()> {
+        self.restart_as(&remit::binary()?, further)
+    }
+
+    /// Starts another binary's daemon and kills it `after` so long, ready or not.
+    pub fn start_and_kill(&mut self, binary: &Path, after: Duration) -> Result<()> {
+        let err = self.place.at("daemon.err");
+        let child = self
+            .place
+            .command_of(binary, &["daemon"])?
+            .stdin(Stdio::null())
+            .stdout(File::options().create(true).append(true).open(&err)?)
+            .stderr(File::options().create(true).append(true).open(&err)?)
+            .spawn()
+            .context("cannot start the daemon")?;
+        self.child = Some(child);
+        sleep(after);
+        self.kill()
+    }
+
+    /// Starts another binary's daemon and waits until it is ready.
+    pub fn restart_as(&mut self, binary: &Path, further: &[&str]) -> Result<()> {
         let notify = self.place.at("notify");
         drop(fs::remove_file(&notify));
         let ready = UnixDatagram::bind(&notify)?;
@@ -152,7 +178,7 @@ impl Daemon {
         let err = self.place.at("daemon.err");
         let child = self
             .place
-            .command(&["daemon"])?
+            .command_of(binary, &["daemon"])?
             .args(further)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 
 pub mod actor;
+pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod daemon;

@@ -38,6 +38,16 @@ pub fn binary() -> Result<PathBuf> {
     bail!("no remit binary: set REMIT_BIN")
 }
 
+/// `$REMIT_NEXT_BIN`: the same of the next ABI version.
+pub fn next_binary() -> Result<PathBuf> {
+    let path = std::env::var_os("REMIT_NEXT_BIN").map(PathBuf::from);
+    match path {
+        Some(path) if path.is_file() => Ok(path),
+        Some(path) => bail!("REMIT_NEXT_BIN names no file: {}", path.display()),
+        None => bail!("no remit binary of the next ABI version: set REMIT_NEXT_BIN"),
+    }
+}
+
 /// Runs a command to its end, within a minute.
 pub fn output(command: &mut Command) -> Result<Output> {
     let (mut out, mut err) = (unnamed()?, unnamed()?);

@@ -1,6 +1,6 @@
 //! Set-up and the builds that several commands share.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use xshell::cmd;
@@ -29,9 +29,13 @@ pub fn daemon(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// The daemon of the next ABI version, beside the static programs: for tests of migration.
+pub const NEXT: &str = "remit-next";
+
 /// Builds the programs that the VMs and the host tests run, in one go: the same build serves all.
 pub fn static_programs(workspace: &Workspace) -> Result<()> {
     set_up(workspace)?;
+    next_daemon(workspace)?;
     talk::step("building the static daemon and the kernel tests");
     let arguments = [
         "build",
@@ -45,6 +49,28 @@ pub fn static_programs(workspace: &Workspace) -> Result<()> {
         "remit-tests",
     ];
     workspace.cargo(&arguments).run()?;
+    Ok(())
+}
+
+/// Builds [`NEXT`]. Cargo keeps both daemons' parts apart by their features and puts the one built
+/// last in place, so this comes first, and neither makes the other stale.
+fn next_daemon(workspace: &Workspace) -> Result<()> {
+    talk::step("building the daemon of the next ABI version");
+    let arguments = [
+        "build",
+        "--locked",
+        "--release",
+        "--target",
+        STATIC_TARGET,
+        "-p",
+        "remit",
+        "--features",
+        "abi-next",
+    ];
+    workspace.cargo(&arguments).run()?;
+    let programs = workspace.static_release();
+    let (from, to) = (programs.join("remit"), programs.join(NEXT));
+    fs::copy(&from, &to).with_context(|| format!("cannot make {}", to.display()))?;
     Ok(())
 }
 

@@ -111,6 +111,7 @@ fn host(workspace: &Workspace, verbose: bool) -> Result<Place> {
         let mut command = Command::new(programs.join("remit-tests"));
         command
             .env("REMIT_BIN", programs.join("remit"))
+            .env("REMIT_NEXT_BIN", programs.join(build::NEXT))
             .env("REMIT_POLICIES", workspace.root.join("policies"));
         let log: PathBuf = workspace.target.join("host.log");
         let show = Show {

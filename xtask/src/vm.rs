@@ -220,6 +220,7 @@ fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Res
             let programs = workspace.static_release();
             archive.program("init", &programs.join("init"))?;
             archive.program("bin/remit", &programs.join("remit"))?;
+            archive.program("bin/remit-next", &programs.join(build::NEXT))?;
             archive.program("bin/remit-tests", &programs.join("remit-tests"))?;
         }
     }

@@ -16,7 +16,12 @@ pub use word::*;
 
 /// Version of everything in this module. It is part of the pin path, so that two layouts never
 /// meet; bump it in the commit that changes a type, a map or their meaning.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = if cfg!(feature = "abi-next") {
+    CURRENT + 1
+} else {
+    CURRENT
+};
+const CURRENT: u32 = 1;
 
 /// Derives what crosses the kernel boundary, and proves it: no padding, any bit pattern valid.
 macro_rules! shared {

@@ -33,7 +33,7 @@ shared! {
     }
 
     /// Value of `rows`: what is in force for an agent. Immutable once published; the word in
-    /// `agents` is what flips.
+    /// `agents` is what flips. Other versions read the policy id: it stays the first word.
     pub struct AgentRow {
         /// Policy id: the `space` of its scope.
         pub policy: u64,
@@ -53,6 +53,9 @@ shared! {
         pub flags: u8,
         /// Zero.
         pub pad: [u8; 3],
+        /// Zero; makes the value wider, for tests of migration.
+        #[cfg(feature = "abi-next")]
+        pub next: u64,
     }
 
     /// Value of `cache`: one remembered allow.
@@ -80,7 +83,9 @@ shared! {
         pub pad: [u8; 5],
     }
 
-    /// Value of `counters`, per CPU: never lost, whatever becomes of events.
+    /// Value of `counters`, per CPU: never lost, whatever becomes of events. Other versions read
+    /// it too: first the word of what was let through, then one for each reason twice, then at
+    /// most one word more.
     pub struct Counters {
         /// Attempts let through.
         pub allowed: u64,
@@ -88,6 +93,9 @@ shared! {
         pub denied: [u64; REASONS],
         /// Attempts that monitor mode let through, by [`super::Reason`].
         pub monitored: [u64; REASONS],
+        /// Zero; makes the value wider, for tests of migration.
+        #[cfg(feature = "abi-next")]
+        pub next: u64,
     }
 
     /// Value of `folds`, per CPU: a refusal seen lately, so that repeats only count.

@@ -33,14 +33,22 @@ impl Tables {
     }
 
     fn adopt_names(&mut self) -> Result<(), MapError> {
-        for index in 0..self.agents.len().min(self.names.len()) {
-            let Some(id) = id_of(&self.names.get(&index, 0)?) else {
+        for index in 0..self.names.len() {
+            let name = self.names.get(&index, 0)?;
+            if name == AgentName::zeroed() {
                 continue;
-            };
-            let is_pseudo = id == UNREGISTERED_ID;
-            if is_pseudo == (index == UNREGISTERED) && !self.index.contains_key(&id) {
-                self.index.insert(id.clone(), index);
-                self.ids.insert(index, id);
+            }
+            let id = id_of(&name).filter(|id| {
+                let is_pseudo = id == UNREGISTERED_ID;
+                is_pseudo == (index == UNREGISTERED) && !self.index.contains_key(id)
+            });
+            match id.filter(|_| index < self.agents.len()) {
+                Some(id) => {
+                    self.index.insert(id.clone(), index);
+                    self.ids.insert(index, id);
+                }
+                // No daemon wrote this.
+                None => self.names.set(index, AgentName::zeroed(), 0)?,
             }
         }
         Ok(())

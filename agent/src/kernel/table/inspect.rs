@@ -244,14 +244,14 @@ impl Report<'_> {
                 match self.tables.rulesets.get(&index, 0) {
                     Ok(found) if found == wanted => {}
                     Ok(found) => {
-                        let what = match agents.as_slice() {
-                            [_] => format!("rulesets [{index}]"),
-                            many => format!("rulesets [{index}] of {} agents", many.len()),
+                        let (what, agent) = match agents.as_slice() {
+                            [one] => (format!("rulesets [{index}]"), Some(*one)),
+                            many => (format!("rulesets [{index}] of {} agents", many.len()), None),
                         };
                         self.add(
                             DriftKind::Changed,
                             what,
-                            agents.first().copied(),
+                            agent,
                             (describe_set(&found), describe_set(&wanted)),
                             Spot::Chain(head),
                         );

@@ -1,0 +1,120 @@
+//! A root user's hands in the kernel's tables, as bpftool has them: a few `bpf(2)` calls on what is
+//! pinned. Remit's own library is not asked, for it is what is tested.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+const MAP_LOOKUP: libc::c_long = 1;
+const MAP_UPDATE: libc::c_long = 2;
+const MAP_DELETE: libc::c_long = 3;
+const PROG_LOAD: libc::c_long = 5;
+const OBJ_GET: libc::c_long = 7;
+const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
+
+/// `union bpf_attr`, as words.
+type Attr = [u64; 16];
+
+fn bpf(command: libc::c_long, attr: &mut Attr) -> io::Result<i32> {
+    // SAFETY: a live buffer of that size; the pointers in it are the callers' live buffers.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of::<Attr>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result as i32)
+}
+
+fn fd(number: i32) -> OwnedFd {
+    // SAFETY: the kernel has just given out this descriptor.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+fn word(object: &OwnedFd) -> u64 {
+    u64::from(object.as_raw_fd().cast_unsigned())
+}
+
+/// Something pinned.
+pub struct Pinned(OwnedFd);
+
+/// A cgroup_skb program that lets everything through, loaded and attached nowhere.
+pub struct Open(OwnedFd);
+
+// === impl Pinned ===
+
+impl Pinned {
+    /// Opens the pin.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let mut attr = Attr::default();
+        attr[0] = name.as_ptr() as u64;
+        bpf(OBJ_GET, &mut attr).map(|number| Self(fd(number)))
+    }
+
+    /// The value of a key; `value` must be as long as the map's.
+    pub fn lookup(&self, key: &[u8], value: &mut [u8]) -> io::Result<()> {
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0);
+        attr[1] = key.as_ptr() as u64;
+        attr[2] = value.as_mut_ptr() as u64;
+        bpf(MAP_LOOKUP, &mut attr).map(drop)
+    }
+
+    /// Writes a value.
+    pub fn update(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0);
+        attr[1] = key.as_ptr() as u64;
+        attr[2] = value.as_ptr() as u64;
+        bpf(MAP_UPDATE, &mut attr).map(drop)
+    }
+
+    /// Deletes a key.
+    pub fn delete(&self, key: &[u8]) -> io::Result<()> {
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0);
+        attr[1] = key.as_ptr() as u64;
+        bpf(MAP_DELETE, &mut attr).map(drop)
+    }
+
+    /// Detaches a link.
+    pub fn detach(&self) -> io::Result<()> {
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0);
+        bpf(LINK_DETACH, &mut attr).map(drop)
+    }
+
+    /// Puts a program under a link.
+    pub fn replace(&self, program: &Open) -> io::Result<()> {
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0) | word(&program.0) << 32;
+        bpf(LINK_UPDATE, &mut attr).map(drop)
+    }
+}
+
+// === impl Open ===
+
+impl Open {
+    /// `return 1`, for the egress hook.
+    pub fn egress() -> io::Result<Self> {
+        const CGROUP_SKB: u64 = 8;
+        const INET_EGRESS: u64 = 1;
+        // r0 = 1; exit
+        let code: [u64; 2] = [1 << 32 | 0xb7, 0x95];
+        let licence = c"GPL";
+        let mut attr = Attr::default();
+        attr[0] = CGROUP_SKB | (code.len() as u64) << 32;
+        attr[1] = code.as_ptr() as u64;
+        attr[2] = licence.as_ptr() as u64;
+        // kern_version, prog_flags, name and ifindex are zero; then comes expected_attach_type.
+        attr[8] = INET_EGRESS << 32;
+        bpf(PROG_LOAD, &mut attr).map(|number| Self(fd(number)))
+    }
+}
