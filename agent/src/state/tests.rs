@@ -376,73 +376,6 @@ fn where_nothing_can_be_written_it_is_said() {
     assert!(store.hold("a", &suspended("x")).is_err());
 }
 
-#[test]
-#[ignore = "measures: run with --release --nocapture"]
-fn how_long_a_thousand_agents_take() {
-    use std::time::Instant;
-    for (agents, prefixes) in [(1000, 100), (1, 100_000)] {
-        let host = Host::new();
-        let agents: Vec<_> = (0..agents)
-            .map(|number| {
-                let mut tables = (*entry(&format!("agent-{number}"), "10.0.0.1")).clone();
-                let rules = tables
-                    .scope
-                    .reach
-                    .iter()
-                    .find(|placed| placed.prefix.to_string() == "10.0.0.1/32")
-                    .unwrap()
-                    .rules
-                    .clone();
-                tables.scope.reach = (0..prefixes)
-                    .map(|at: u32| crate::policy::Placed {
-                        prefix: crate::policy::Prefix::new(
-                            (0x0b00_0000 + at).to_be_bytes().into(),
-                            32,
-                        ),
-                        rules: rules.clone(),
-                    })
-                    .collect();
-                Arc::new(tables)
-            })
-            .collect();
-        let mut store = host.store();
-        let told = |what: &str, since: Instant| {
-            println!(
-                "{} agents: {what} {} ms",
-                agents.len(),
-                since.elapsed().as_millis()
-            );
-        };
-        let since = Instant::now();
-        save(&mut store, 1, &agents);
-        told("first save", since);
-        let since = Instant::now();
-        save(&mut store, 2, &agents);
-        told("save of nothing", since);
-        let mut one = agents.clone();
-        one[0] = Arc::new(AgentTables {
-            name: "other".into(),
-            ..(*agents[0]).clone()
-        });
-        let since = Instant::now();
-        save(&mut store, 3, &one);
-        told("save of one", since);
-        let since = Instant::now();
-        let loaded = host.load();
-        told("load", since);
-        assert_eq!(loaded.registry.unwrap().agents.len(), agents.len());
-        let size: u64 = names(&host.state().join("registry"))
-            .iter()
-            .map(|name| {
-                fs::metadata(host.state().join("registry").join(name))
-                    .unwrap()
-                    .len()
-            })
-            .sum();
-        println!("{size} bytes");
-    }
-}
-
 // === holds ===
 
 #[test]
@@ -815,13 +748,7 @@ proptest! {
 #[test]
 fn ids_that_look_like_other_names_do_not_meet() {
     let host = Host::new();
-    let ids = [
-        "a",
-        "a.json",
-        "a.hold",
-        "a.json.damaged-1",
-        "index",
-    ];
+    let ids = ["a", "a.json", "a.hold", "a.json.damaged-1", "index"];
     let agents: Vec<_> = ids.iter().map(|id| entry(id, "10.0.0.1")).collect();
     save(&mut host.store(), 1, &agents);
     for id in ids {
