@@ -82,8 +82,11 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// Link and program of each hook, as the daemon has read them back.
-fn links(place: &Place) -> Result<BTreeMap<String, (Option<u64>, Option<u64>)>> {
+/// Ids of a link and of the program under it.
+type Ids = (Option<u64>, Option<u64>);
+
+/// Those of each hook, as the daemon has read them back.
+fn links(place: &Place) -> Result<BTreeMap<String, Ids>> {
     let status = place.status()?;
     let guards = status.0["guards"].as_array().context("no guards")?;
     let links: BTreeMap<_, _> = guards
