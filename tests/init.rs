@@ -1,5 +1,6 @@
-//! PID 1 of the test VM: mounts what Remit needs, loads the modules that came along, runs the suite on the console, powers off.
-//! It knows nothing of the tests; `remit.filter=A,B` on the kernel command line is handed on.
+//! PID 1 of the test VM: mounts what Remit needs, loads the modules that came along, runs the suite
+//! on the console, powers off. It knows nothing of the tests; `remit.filter=A,B` and `remit.full`
+//! on the kernel command line are handed on.
 
 use std::{
     fs,
@@ -64,14 +65,18 @@ fn boot() -> Result<()> {
     fs::write("/proc/sys/kernel/hostname", "remit-vm")?;
     load_modules()?;
     netlink::link_up(netlink::LO).context("cannot bring lo up")?;
-    let filters = filters(&fs::read_to_string("/proc/cmdline")?);
+    let cmdline = fs::read_to_string("/proc/cmdline")?;
+    let full = cmdline
+        .split_ascii_whitespace()
+        .any(|word| word == "remit.full");
     let child = Command::new("/bin/remit-tests")
-        .args(filters)
+        .args(filters(&cmdline))
         .env_clear()
         .env("PATH", "/bin:/sbin:/usr/bin")
         .env("REMIT_BIN", "/bin/remit")
         .env("REMIT_NEXT_BIN", "/bin/remit-next")
         .env("REMIT_TEST_VM", "1")
+        .env("REMIT_TEST_FULL", if full { "1" } else { "0" })
         .spawn()
         .context("cannot start /bin/remit-tests")?;
     let suite = Pid::from_raw(i32::try_from(child.id())?);

@@ -11,6 +11,7 @@ mod bypass;
 mod daemon;
 mod harness;
 mod kernel;
+mod never_open;
 mod support;
 
 fn main() -> ExitCode {
@@ -19,6 +20,8 @@ fn main() -> ExitCode {
     let result = match args.as_slice() {
         ["actor"] => actor::serve(),
         ["probe", orders] => actor::probe(orders),
+        ["generate", plan] => actor::traffic::generator::serve(plan),
+        ["listen", spots] => actor::traffic::ear::serve(spots),
         ["daemon-with", object] => daemon::faults::daemon_with(object),
         ["exit", code] => code
             .parse::<u8>()
@@ -46,5 +49,6 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(kernel::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
+    cases.extend(never_open::cases());
     cases
 }

@@ -21,6 +21,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 pub mod socket;
+pub mod traffic;
 pub mod uring;
 
 use socket::Socket;

@@ -10,8 +10,8 @@ pub fn from_now(secs: i64) -> String {
     rfc3339(now + secs)
 }
 
-/// The civil date of a day count: Howard Hinnant's `civil_from_days`.
-fn rfc3339(unix: i64) -> String {
+/// RFC 3339 of a Unix time. The civil date of a day count: Howard Hinnant's `civil_from_days`.
+pub fn rfc3339(unix: i64) -> String {
     let (days, secs) = (unix.div_euclid(86_400), unix.rem_euclid(86_400));
     let z = days + 719_468;
     let era = z.div_euclid(146_097);

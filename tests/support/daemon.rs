@@ -53,6 +53,7 @@ pub struct Place {
 pub struct Daemon {
     place: Place,
     child: Option<Child>,
+    manager: Option<UnixDatagram>,
 }
 
 // === impl Place ===
@@ -60,9 +61,14 @@ pub struct Daemon {
 impl Place {
     /// Writes the settings; the registry is empty.
     pub fn lay(ctx: &Ctx, settings: &Settings) -> Result<Self> {
+        Self::lay_in(ctx.dir(), &ctx.root(), settings)
+    }
+
+    /// The same in another folder, for this root.
+    pub fn lay_in(dir: &Path, root: &str, settings: &Settings) -> Result<Self> {
         let place = Self {
-            dir: ctx.dir().to_owned(),
-            root: ctx.root(),
+            dir: dir.to_owned(),
+            root: root.to_owned(),
         };
         for name in ["agents.d", "sets.d", "run", "log", "state", "bpf"] {
             fs::create_dir_all(place.dir.join(name))?;
@@ -102,7 +108,7 @@ impl Place {
     /// Writes any text as an agent's file.
     pub fn write_raw(&self, id: &str, text: &str) -> Result<()> {
         let path = self.at("agents.d").join(format!("{id}.toml"));
-        let beside = self.at(&format!("{id}.new"));
+        let beside = self.at("agents.d").join(format!(".{id}.new"));
         fs::write(&beside, text)?;
         fs::rename(&beside, &path).with_context(|| format!("cannot write {}", path.display()))
     }
@@ -138,6 +144,7 @@ impl Daemon {
         let mut daemon = Self {
             place: place.clone(),
             child: None,
+            manager: None,
         };
         daemon.restart()?;
         Ok(daemon)
@@ -153,32 +160,35 @@ impl Daemon {
         self.restart_as(&remit::binary()?, further)
     }
 
+    /// Starts another binary's daemon and waits until it is ready.
+    pub fn restart_as(&mut self, binary: &Path, further: &[&str]) -> Result<()> {
+        let command = self.place.command_of(binary, &["daemon"])?;
+        self.launch_as(command, further)?;
+        self.await_ready()
+    }
+
     /// Starts another binary's daemon and kills it `after` so long, ready or not.
     pub fn start_and_kill(&mut self, binary: &Path, after: Duration) -> Result<()> {
-        let err = self.place.at("daemon.err");
-        let child = self
-            .place
-            .command_of(binary, &["daemon"])?
-            .stdin(Stdio::null())
-            .stdout(File::options().create(true).append(true).open(&err)?)
-            .stderr(File::options().create(true).append(true).open(&err)?)
-            .spawn()
-            .context("cannot start the daemon")?;
-        self.child = Some(child);
+        let command = self.place.command_of(binary, &["daemon"])?;
+        self.launch_as(command, &[])?;
         sleep(after);
         self.kill()
     }
 
-    /// Starts another binary's daemon and waits until it is ready.
-    pub fn restart_as(&mut self, binary: &Path, further: &[&str]) -> Result<()> {
+    /// Starts it, and does not wait.
+    pub fn launch(&mut self, further: &[&str]) -> Result<()> {
+        let command = self.place.command(&["daemon"])?;
+        self.launch_as(command, further)
+    }
+
+    /// Starts `command`, which must be a daemon with this place's settings, and does not wait.
+    pub fn launch_as(&mut self, mut command: Command, further: &[&str]) -> Result<()> {
         let notify = self.place.at("notify");
         drop(fs::remove_file(&notify));
         let ready = UnixDatagram::bind(&notify)?;
         ready.set_read_timeout(Some(Duration::from_millis(20)))?;
         let err = self.place.at("daemon.err");
-        let child = self
-            .place
-            .command_of(binary, &["daemon"])?
+        let child = command
             .args(further)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
@@ -186,7 +196,17 @@ impl Daemon {
             .stderr(File::options().create(true).append(true).open(&err)?)
             .spawn()
             .context("cannot start the daemon")?;
-        let child = self.child.insert(child);
+        self.child = Some(child);
+        self.manager = Some(ready);
+        Ok(())
+    }
+
+    /// Waits until it says `READY=1`.
+    pub fn await_ready(&mut self) -> Result<()> {
+        let (Some(child), Some(ready)) = (&mut self.child, &self.manager) else {
+            bail!("no daemon was started");
+        };
+        let err = self.place.at("daemon.err");
         let until = Instant::now() + Duration::from_secs(30);
         let mut buffer = [0; 4096];
         while Instant::now() < until {
@@ -210,6 +230,17 @@ impl Daemon {
     /// Its place.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.child.as_ref().context("no daemon runs")?.id())
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let child = self.child.as_ref().context("no daemon runs")?;
+        Ok(kill(Pid::from_raw(i32::try_from(child.id())?), signal)?)
     }
 
     /// Kills it at once: what it has pinned stays in force.

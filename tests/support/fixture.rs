@@ -121,20 +121,30 @@ impl Fixture {
             wire: Wire::tap()?,
             _root: root,
         };
-        for id in ids {
-            fixture.await_cgroup(id)?;
-        }
+        fixture.await_cgroups(ids)?;
         Ok(fixture)
     }
 
     /// Waits until the daemon knows the agent's cgroup.
     pub fn await_cgroup(&self, id: &str) -> Result<()> {
-        let wanted = self.cgroup(id)?.id()?;
+        self.await_cgroups(&[id])
+    }
+
+    /// The same for several agents.
+    fn await_cgroups(&self, ids: &[&str]) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
         eventually(5, || {
-            let known = self.place().status()?.cgroups(id)?;
-            claim(known.contains(&wanted), || {
-                format!("the daemon does not know cgroup {wanted} of {id}: {known:?}")
-            })
+            let status = self.place().status()?;
+            for id in ids {
+                let wanted = self.cgroup(id)?.id()?;
+                let known = status.cgroups(id)?;
+                claim(known.contains(&wanted), || {
+                    format!("the daemon does not know cgroup {wanted} of {id}: {known:?}")
+                })?;
+            }
+            Ok(())
         })
     }
 

@@ -13,10 +13,12 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 
 pub mod actor;
+pub mod api;
 pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod daemon;
+pub mod dice;
 pub mod evidence;
 pub mod fixture;
 pub mod listener;
@@ -24,12 +26,16 @@ pub mod netlink;
 pub mod network;
 pub mod registry;
 pub mod remit;
+pub mod scale;
+pub mod tamper;
+pub mod traffic;
 pub mod way;
 pub mod wire;
 
 pub use actor::Actor;
 pub use cgroup::Cgroup;
 pub use daemon::Daemon;
+pub use dice::Dice;
 pub use evidence::{Line, Status};
 pub use fixture::{Fixture, Refusal};
 pub use registry::Agent;

@@ -9,6 +9,7 @@ pub struct Agent {
     /// `agent.id`.
     pub id: String,
     state: &'static str,
+    approval_ref: String,
     not_before: Option<String>,
     expires: String,
     mode: &'static str,
@@ -23,6 +24,7 @@ impl Agent {
         Self {
             id: id.to_owned(),
             state: "active",
+            approval_ref: "CHG-1".to_owned(),
             not_before: None,
             expires: "2099-01-01T00:00:00Z".to_owned(),
             mode: "enforce",
@@ -42,6 +44,12 @@ impl Agent {
     /// `lifecycle.state`.
     pub fn state(mut self, state: &'static str) -> Self {
         self.state = state;
+        self
+    }
+
+    /// `lifecycle.approval_ref`.
+    pub fn approval(mut self, reference: &str) -> Self {
+        self.approval_ref = reference.to_owned();
         self
     }
 
@@ -118,9 +126,10 @@ impl Agent {
             "schema = 1\n[agent]\nid = \"{id}\"\nname = \"Agent {id}\"\n\
              purpose = \"Test\"\nowner = \"alice@example.com\"\n\
              [lifecycle]\nstate = \"{state}\"\napproved_by = \"dave@example.com\"\n\
-             approval_ref = \"CHG-1\"\nexpires = {expires}\n",
+             approval_ref = \"{approval_ref}\"\nexpires = {expires}\n",
             id = self.id,
             state = self.state,
+            approval_ref = self.approval_ref,
             expires = self.expires,
         );
         if let Some(time) = &self.not_before {

@@ -50,6 +50,11 @@ pub fn next_binary() -> Result<PathBuf> {
 
 /// Runs a command to its end, within a minute.
 pub fn output(command: &mut Command) -> Result<Output> {
+    output_within(command, Duration::from_secs(60))
+}
+
+/// Runs a command to its end; one that takes longer is killed, and that is an error.
+pub fn output_within(command: &mut Command, most: Duration) -> Result<Output> {
     let (mut out, mut err) = (unnamed()?, unnamed()?);
     let mut child = command
         .stdin(Stdio::null())
@@ -57,7 +62,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
         .stderr(err.try_clone()?)
         .spawn()
         .with_context(|| format!("cannot start {command:?}"))?;
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + most;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;

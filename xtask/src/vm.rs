@@ -32,6 +32,11 @@ const QEMU: &str = "qemu-system-x86_64";
 const SILENCE: Duration = Duration::from_secs(180);
 /// No kernel's tests take longer than this on emulated processors.
 const WHOLE: Duration = Duration::from_secs(40 * 60);
+/// The same for tests in their full length.
+const FULL: Limits = Limits {
+    silence: Duration::from_secs(90 * 60),
+    whole: Duration::from_secs(6 * 3600),
+};
 /// Ample for a kernel that runs on real processors to get as far as looking for its root.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -44,6 +49,9 @@ pub struct Options {
     /// Run only tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Run the long tests in their full length: hours on emulated processors
+    #[arg(long)]
+    full: bool,
     /// Say which kernels there are, and boot none
     #[arg(long)]
     list: bool,
@@ -67,6 +75,7 @@ impl Options {
         Self {
             kernel: Vec::new(),
             filter: None,
+            full: false,
             list: false,
             refresh: false,
             mem: 1024,
@@ -193,23 +202,24 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
         Some(filter) => format!(" remit.filter={filter}"),
         None => String::new(),
     };
+    let full = if options.full { " remit.full" } else { "" };
     let mut qemu = machine(kernel, accelerator, options.mem);
     qemu.arg("-initrd").arg(&image);
-    qemu.args(["-append", &format!("console=ttyS0 panic=-1 quiet{filter}")]);
+    qemu.args([
+        "-append",
+        &format!("console=ttyS0 panic=-1 quiet{filter}{full}"),
+    ]);
     let log = folder.join(format!("{}.log", kernel.name));
     let show = Show {
         name: &format!("VM {}", kernel.name),
         log: &log,
         verbose: options.verbose,
     };
-    watch::run(
-        qemu,
-        &Limits {
-            silence: SILENCE,
-            whole: WHOLE,
-        },
-        &show,
-    )
+    let lean = Limits {
+        silence: SILENCE,
+        whole: WHOLE,
+    };
+    watch::run(qemu, if options.full { &FULL } else { &lean }, &show)
 }
 
 fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Result<Vec<u8>> {

@@ -18,10 +18,8 @@ use remit::{
     policy::{AgentTables, Clock, MemoryRules, Placed, Prefix, TimedRule},
 };
 
-use super::{
-    dice::Dice,
-    policies::{ADDRESSES, Registry},
-};
+use super::policies::{ADDRESSES, Registry};
+use crate::support::dice::Dice;
 
 const HOOKS: &[Hook] = &[
     Hook::Connect4,

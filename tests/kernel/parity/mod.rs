@@ -5,7 +5,6 @@
 //! `REMIT_PARITY_SEED` repeats a run; a failure names the seed.
 
 mod ask;
-mod dice;
 mod policies;
 mod sockets;
 
@@ -25,12 +24,11 @@ use remit::{
 
 use self::{
     ask::{Tally, direct, index, memories, of_class},
-    dice::Dice,
     policies::Registry,
 };
 use crate::{
     harness::Case,
-    support::{Cgroup, Ctx, claim, expect},
+    support::{Cgroup, Ctx, claim, dice::Dice, expect},
 };
 
 const TUNING: Tuning = Tuning {
@@ -99,7 +97,7 @@ impl World {
 
 /// Runs `body` with chance; its error names the seed, and its report goes to the output.
 fn by_chance(body: impl FnOnce(&mut Dice) -> Result<String>) -> Result<()> {
-    let (mut dice, seed) = Dice::new()?;
+    let (mut dice, seed) = Dice::new("REMIT_PARITY_SEED")?;
     let said = body(&mut dice).with_context(|| format!("REMIT_PARITY_SEED={seed}"))?;
     println!("{said}; seed {seed}");
     Ok(())

@@ -17,8 +17,8 @@ use remit::{
     policy::{AgentTables, Clock, Source, SourceKind, compile},
 };
 
-use super::dice::Dice;
 use crate::support::clock::from_now;
+use crate::support::dice::Dice;
 
 /// Addresses around which networks are put and of which questions are asked. Those of the test
 /// network are among them, so that sockets can reach what the judge is asked about.

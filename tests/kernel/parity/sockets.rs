@@ -13,10 +13,10 @@ use remit::{
     policy::{AgentTables, Clock, MemoryRules},
 };
 
-use super::{World, by_chance, dice::Dice, policies::Registry};
+use super::{World, by_chance, policies::Registry};
 use crate::{
     actor::Op,
-    support::{Actor, Cgroup, Ctx, Family, claim, way::PAYLOAD},
+    support::{Actor, Cgroup, Ctx, Family, claim, dice::Dice, way::PAYLOAD},
 };
 
 /// Agents, and attempts by each.

@@ -6,10 +6,12 @@ use anyhow::{Context as _, Result};
 pub struct Dice(u64);
 
 impl Dice {
-    /// Starts from `REMIT_PARITY_SEED`, or else from the clock.
-    pub fn new() -> Result<(Self, u64)> {
-        let seed = match std::env::var("REMIT_PARITY_SEED") {
-            Ok(text) => text.parse().context("REMIT_PARITY_SEED is no number")?,
+    /// Starts from the number in the environment variable `variable`, or else from the clock.
+    pub fn new(variable: &str) -> Result<(Self, u64)> {
+        let seed = match std::env::var(variable) {
+            Ok(text) => text
+                .parse()
+                .with_context(|| format!("{variable} is no number"))?,
             Err(_) => std::time::SystemTime::now()
                 .duration_since(std::time::UNIX_EPOCH)?
                 .subsec_nanos()
