@@ -291,7 +291,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
     };
     let bpf = ctx.dir().join("bpf");
     let mut enforcer = Enforcer::open(EMBEDDED, &bpf, small, &TUNING)?;
-    enforcer.apply(few.clone())?;
+    enforcer.apply(&few)?;
     enforcer.attribute(&[(cgroup.id()?, "alpha")])?;
     enforcer.fence(&ctx.root(), root.path())?;
     enforcer.settle_in()?;
@@ -312,7 +312,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
             Agent::new("d"),
         ],
     )?;
-    match enforcer.apply(many.clone()) {
+    match enforcer.apply(&many) {
         Err(ApplyError::Full { .. }) => {}
         other => bail!("it fits: {other:?}"),
     }
@@ -354,7 +354,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
     // The next process takes the new set over as it is, with all that was counted.
     drop(enforcer);
     let mut enforcer = Enforcer::open(EMBEDDED, &bpf, small, &TUNING)?;
-    expect("changed", enforcer.apply(many)?, Vec::<String>::new())?;
+    expect("changed", enforcer.apply(&many)?, Vec::<String>::new())?;
     enforcer.attribute(&[(cgroup.id()?, "alpha")])?;
     enforcer.fence(&ctx.root(), root.path())?;
     enforcer.settle_in()?;
@@ -377,7 +377,7 @@ fn left_behind(ctx: &mut Ctx) -> Result<()> {
     let room = Capacity::for_images(&images);
     let start = |roots: &[(&str, &Cgroup)]| -> Result<Enforcer> {
         let mut enforcer = Enforcer::open(EMBEDDED, &bpf, room, &TUNING)?;
-        enforcer.apply(images.clone())?;
+        enforcer.apply(&images)?;
         for (name, cgroup) in roots {
             enforcer.fence(name, cgroup.path())?;
         }

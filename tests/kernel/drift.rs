@@ -374,7 +374,7 @@ impl World {
         let images = images();
         let capacity = Capacity::for_images(&images);
         let mut enforcer = Enforcer::open(EMBEDDED, &self.pins, capacity, &TUNING)?;
-        enforcer.apply(images)?;
+        enforcer.apply(&images)?;
         let claims = [(self.alpha.id()?, "alpha"), (self.beta.id()?, "beta")];
         enforcer.attribute(&claims)?;
         enforcer.fence(&self.name, self.root.path())?;
@@ -534,15 +534,15 @@ fn nothing_differs(ctx: &mut Ctx) -> Result<()> {
     // During a change, when old and new are there, and after it.
     let mut other = images();
     other[1].reach.pop();
-    expect("changed", enforcer.apply(other)?, vec!["alpha".to_owned()])?;
+    expect("changed", enforcer.apply(&other)?, vec!["alpha".to_owned()])?;
     clean(&mut enforcer)?;
-    enforcer.apply(images())?;
+    enforcer.apply(&images())?;
     sound(&mut enforcer)?;
     sleep(GRACE);
     enforcer.sweep();
     sound(&mut enforcer)?;
     // One agent less.
-    enforcer.apply(images().into_iter().take(2).collect())?;
+    enforcer.apply(&images().into_iter().take(2).collect::<Vec<_>>())?;
     enforcer.attribute(&[(world.alpha.id()?, "alpha")])?;
     clean(&mut enforcer)?;
     drop(enforcer);
@@ -565,12 +565,12 @@ fn restart_changes_nothing(ctx: &mut Ctx) -> Result<()> {
         for image in &mut near {
             image.row.deadline -= 100_000_000;
         }
-        expect("changed", enforcer.apply(near)?, Vec::<String>::new())?;
+        expect("changed", enforcer.apply(&near)?, Vec::<String>::new())?;
         // Of what an earlier one wrote, what changes goes, and what is shared with it stays.
         if round == 1 {
             let mut other = images();
             other[1].reach.remove(2);
-            expect("changed", enforcer.apply(other)?, vec!["alpha".to_owned()])?;
+            expect("changed", enforcer.apply(&other)?, vec!["alpha".to_owned()])?;
             sleep(GRACE);
             enforcer.sweep();
             expect("beta's", allows(&mut enforcer, "beta", EXACT, 80)?, true)?;
