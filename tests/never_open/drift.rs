@@ -19,7 +19,7 @@ use crate::{
         Actor, Agent, Cgroup, Ctx, Fixture, claim,
         daemon::Settings,
         eventually, expect,
-        network::{IN_V4, OUT_V4},
+        network::IN_V4,
         tamper::{Map, Pins, detach},
         traffic::{Ear, Generator, IN, Numbers, OUT, lanes},
     },
@@ -30,6 +30,9 @@ const MENDED_WITHIN: Duration = Duration::from_millis(3000);
 
 /// Port of an agent that is left alone; the probes use others.
 const BYSTANDER_PORT: u16 = 445;
+
+/// Out of scope, and where the ear's tap does not look: while tampered with it is reached.
+const ELSEWHERE: &str = "192.0.2.10";
 
 /// A change by hand.
 struct Tampering {
@@ -48,14 +51,14 @@ const TAMPERINGS: &[Tampering] = &[
     Tampering {
         name: "a link detached",
         apply: |world| detach(&world.pins.link("remit_egress")?),
-        probe: ("alpha", OUT_V4, 443),
+        probe: ("alpha", ELSEWHERE, 443),
         while_so: Some(0),
         names: &["egress"],
     },
     Tampering {
         name: "a link unpinned",
         apply: |world| Ok(fs::remove_file(world.pins.link("remit_connect4")?)?),
-        probe: ("alpha", OUT_V4, 443),
+        probe: ("alpha", ELSEWHERE, 443),
         while_so: None,
         names: &["connect4"],
     },
@@ -66,7 +69,7 @@ const TAMPERINGS: &[Tampering] = &[
             let other = agents.get(&world.index("beta")?)?;
             agents.set(&world.index("alpha")?, &other)
         },
-        probe: ("alpha", OUT_V4, 443),
+        probe: ("alpha", ELSEWHERE, 443),
         while_so: Some(0),
         names: &["agents", "alpha"],
     },
@@ -97,9 +100,9 @@ const TAMPERINGS: &[Tampering] = &[
         apply: |world| {
             let prefixes = world.pins.map("prefixes")?;
             let set = prefixes.get(&world.prefix("alpha", "198.51.100.0", 24)?)?;
-            prefixes.set(&world.prefix("alpha", "203.0.113.0", 24)?, &set)
+            prefixes.set(&world.prefix("alpha", "192.0.2.0", 24)?, &set)
         },
-        probe: ("alpha", OUT_V4, 443),
+        probe: ("alpha", ELSEWHERE, 443),
         while_so: Some(0),
         names: &["prefixes", "alpha"],
     },
@@ -111,10 +114,10 @@ const TAMPERINGS: &[Tampering] = &[
                     .pins
                     .map("prefixes")?
                     .get(&world.prefix("alpha", "198.51.100.0", 24)?)?;
-            let key = world.scope_key("alpha", OUT_V4)?;
+            let key = world.scope_key("alpha", ELSEWHERE)?;
             world.pins.map("exacts")?.set(&key, &set)
         },
-        probe: ("alpha", OUT_V4, 443),
+        probe: ("alpha", ELSEWHERE, 443),
         while_so: Some(0),
         names: &["exacts", "alpha"],
     },
@@ -287,7 +290,7 @@ impl World {
         let ports = r#"445, "445/udp""#;
         let agents = [
             Agent::standard("alpha").deny("198.51.100.64/26"),
-            Agent::new("beta").allow("203.0.113.0/24", r#"443, "443/udp""#),
+            Agent::new("beta").allow("192.0.2.0/24", r#"443, "443/udp""#),
             Agent::standard("held").state("suspended"),
             Agent::new("bystander")
                 .allow("198.51.100.0/24", ports)
