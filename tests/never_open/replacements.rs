@@ -1,12 +1,12 @@
 //! New programs under standing links, and moves to maps of another layout and back.
 
-use std::{collections::BTreeMap, path::PathBuf, process::Command};
+use std::{collections::BTreeMap, process::Command};
 
 use anyhow::{Context as _, Result};
 
 use super::Fire;
 use crate::{
-    harness::{Case, Outcome},
+    harness::{Case, Need},
     support::{
         claim,
         daemon::{Place, Settings},
@@ -50,11 +50,8 @@ pub fn cases() -> Vec<Case> {
             println!("{rounds} replacements: {numbers}");
             Ok(())
         }),
-        Case::with_outcome("never_open::maps_migrated_there_and_back", |ctx| {
-            let Some(next) = std::env::var_os("REMIT_NEXT_BIN").map(PathBuf::from) else {
-                return Ok(Outcome::NotTested("REMIT_NEXT_BIN is not set".to_owned()));
-            };
-            let binaries = [next, remit::binary()?];
+        Case::new("never_open::maps_migrated_there_and_back", |ctx| {
+            let binaries = [remit::next_binary()?, remit::binary()?];
             let mut fire = Fire::start(ctx, &Settings::default())?;
             // There and back is one more than one.
             let rounds = scale::of(10).max(2);
@@ -77,8 +74,9 @@ pub fn cases() -> Vec<Case> {
             }
             let (_fx, numbers) = fire.cease()?;
             println!("{rounds} migrations: {numbers}");
-            Ok(Outcome::Passed)
-        }),
+            Ok(())
+        })
+        .needs(Need::Next),
     ]
 }
 

@@ -14,8 +14,10 @@ use std::{
 const MAP_LOOKUP: libc::c_long = 1;
 const MAP_UPDATE: libc::c_long = 2;
 const MAP_DELETE: libc::c_long = 3;
+const MAP_NEXT_KEY: libc::c_long = 4;
 const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET: libc::c_long = 7;
+const OBJ_INFO: libc::c_long = 15;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
 
@@ -82,6 +84,35 @@ impl Pinned {
         attr[0] = word(&self.0);
         attr[1] = key.as_ptr() as u64;
         bpf(MAP_DELETE, &mut attr).map(drop)
+    }
+
+    /// Sizes of a map's keys and values.
+    pub fn sizes(&self) -> io::Result<(usize, usize)> {
+        // type, id, key size, value size, and on.
+        let mut info = [0_u32; 32];
+        let mut attr = Attr::default();
+        attr[0] = word(&self.0) | (size_of_val(&info) as u64) << 32;
+        attr[1] = info.as_mut_ptr() as u64;
+        bpf(OBJ_INFO, &mut attr)?;
+        Ok((info[2] as usize, info[3] as usize))
+    }
+
+    /// Every key of a map.
+    pub fn keys(&self) -> io::Result<Vec<Vec<u8>>> {
+        let (size, _) = self.sizes()?;
+        let mut keys: Vec<Vec<u8>> = Vec::new();
+        loop {
+            let mut next = vec![0; size];
+            let mut attr = Attr::default();
+            attr[0] = word(&self.0);
+            attr[1] = keys.last().map_or(0, |key| key.as_ptr() as u64);
+            attr[2] = next.as_mut_ptr() as u64;
+            match bpf(MAP_NEXT_KEY, &mut attr) {
+                Ok(_) => keys.push(next),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Detaches a link.
