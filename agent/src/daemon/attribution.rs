@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use tracing::{error, warn};
 
 use super::{DaemonError, core::Core, lock::RootLock};
-use crate::cgroup::{CgroupPath, Change, Claimant};
+use crate::{
+    audit::{Decision, Refenced},
+    cgroup::{CgroupPath, Change, Claimant},
+};
 
 impl Core {
     /// Finds out anew which cgroup is whose, and tells the kernel.
@@ -122,14 +125,27 @@ impl Core {
                         root = name
                     );
                     self.problems.remove("roots");
+                    self.decide_refenced(&name, None);
                 }
                 Err(why) => {
-                    error!(message = "A root is not fenced.", root = name, why);
-                    self.problems
-                        .insert("roots", format!("root `{name}` is not fenced: {why}"));
+                    let problem = format!("root `{name}` is not fenced: {why}");
+                    if self.problems.get("roots") != Some(&problem) {
+                        error!(message = "A root is not fenced.", root = name, why);
+                        self.decide_refenced(&name, Some(why));
+                    }
+                    self.problems.insert("roots", problem);
                 }
             }
         }
+    }
+
+    fn decide_refenced(&mut self, root: &str, error: Option<String>) {
+        let revision = self.force.revision;
+        self.decide(Decision::Refenced(Refenced {
+            root: root.to_owned(),
+            error,
+            revision,
+        }));
     }
 
     /// Locks a root that was made again. Its fence stands in any case.

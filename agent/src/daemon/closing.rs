@@ -68,6 +68,8 @@ impl Core {
     /// Ends what the agents with these indices (or all) have open without a grant. To be called
     /// after a change. Whatever goes wrong is told and stops nothing.
     pub(super) fn close_unreachable(&mut self, agents: Option<&[u32]>) -> Closed {
+        // What was let through a moment before the change may not be listed yet.
+        self.close_again = true;
         let closed = close_unreachable(
             &mut self.enforcer,
             &self.hierarchy,

@@ -46,6 +46,8 @@ pub struct Core {
     pub(super) endings: Endings,
     /// Seconds since the clocks were written down.
     pub(super) clock_age: u32,
+    /// Whether connections are to be looked through once more.
+    pub(super) close_again: bool,
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
@@ -180,6 +182,7 @@ impl Core {
             holds: loaded.holds,
             endings: Endings::default(),
             clock_age: 0,
+            close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
             damage: loaded.damage,
@@ -371,6 +374,10 @@ impl Core {
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
         self.enforcer.sweep();
+        if self.close_again {
+            self.close_unreachable(None);
+            self.close_again = false;
+        }
         self.end_what_ends();
         let Some(stepped) = self.offset.stepped() else {
             return false;

@@ -148,8 +148,14 @@ impl Core {
                 approval: agent.approval(),
             },
         };
+        let fresh = hold.state == HoldState::Revoked && known != Some(&hold);
         self.holds.by_id.insert(id.to_owned(), hold.clone());
         let in_force = self.put_in_force(id);
+        let hold = if fresh {
+            self.measured_by_files(id, hold)
+        } else {
+            hold
+        };
         // On disk also where the kernel could not be told: the next start knows.
         let kept = self.store.hold(id, &hold);
         let (durable, why) = self.kept_hold(id, kept);
@@ -207,6 +213,31 @@ impl Core {
             },
             freezing,
         })
+    }
+
+    /// A revocation whose measure is what the agent's file says now: an approval that was written
+    /// before it, and not read yet, must not end it.
+    fn measured_by_files(&mut self, id: &str, hold: Hold) -> Hold {
+        let unmeasured = Hold {
+            approval: None,
+            ..hold.clone()
+        };
+        self.holds.by_id.insert(id.to_owned(), unmeasured);
+        if let Err(why) = self.reload() {
+            warn!(
+                message = "A revocation goes by the entry in force.",
+                agent = id,
+                why
+            );
+        }
+        match self.holds.by_id.get_mut(id) {
+            Some(kept) if kept.approval.is_none() => {
+                *kept = hold.clone();
+                hold
+            }
+            Some(kept) => kept.clone(),
+            None => hold,
+        }
     }
 
     fn resume(&mut self, _caller: &Caller, request: &Resume) -> Result<Pending, Refusal> {

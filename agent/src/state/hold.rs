@@ -192,9 +192,9 @@ impl Hold {
     }
 
     /// What holds an agent whose own hold cannot be read.
-    fn unreadable(why: &str, now_ms: i64) -> Self {
+    fn unreadable(state: HoldState, why: &str, now_ms: i64) -> Self {
         Self {
-            state: HoldState::Suspended,
+            state,
             reason: format!("its state cannot be read, so it is held: {why}"),
             by: By::default(),
             since_ms: now_ms,
@@ -278,7 +278,11 @@ impl Places {
             }
         }
         if let [first, _] = unread.as_slice() {
-            read.holds.blind = Some(Hold::unreadable(&first.to_string(), now_ms));
+            read.holds.blind = Some(Hold::unreadable(
+                HoldState::Suspended,
+                &first.to_string(),
+                now_ms,
+            ));
         }
         read.damage.append(&mut unread);
         for (id, found) in found {
@@ -298,7 +302,8 @@ impl Places {
             .max_by_key(Hold::rank)
             .unwrap_or_else(|| {
                 let why = found.damaged.first().map(ToString::to_string);
-                Hold::unreadable(&why.unwrap_or_default(), now_ms)
+                // It may have been a revocation, and those are final.
+                Hold::unreadable(HoldState::Revoked, &why.unwrap_or_default(), now_ms)
             });
         for mut damage in found.damaged {
             file::link_aside(&mut damage, now_ms);

@@ -451,7 +451,7 @@ fn a_hold_that_cannot_be_read_holds() {
     }
     let loaded = host.load();
     let held = loaded.holds.get("a").unwrap().clone();
-    assert_eq!(held.state, HoldState::Suspended);
+    assert_eq!(held.state, HoldState::Revoked);
     assert!(held.reason.contains("cannot be read"), "{}", held.reason);
     assert_eq!(loaded.damage.len(), 2);
     // It stays so, as a hold like others, though what was damaged is out of the way.
@@ -650,7 +650,7 @@ fn a_hold_cut_or_flipped_anywhere_holds_and_is_never_another() {
         let loaded = host.load();
         assert_eq!(loaded.damage.len(), 1);
         let held = loaded.holds.get("a").unwrap();
-        assert_eq!(held.state, HoldState::Suspended);
+        assert_eq!(held.state, HoldState::Revoked);
         assert!(held.reason.contains("cannot be read"));
     }
 }
