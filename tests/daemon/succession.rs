@@ -24,6 +24,7 @@ use crate::{
         network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
         remit as command,
         way::PAYLOAD,
+        wire::Wire,
     },
 };
 
@@ -39,6 +40,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("succession::killed_at_any_moment", killed_at_any_moment).needs(Need::Next),
         Case::new("succession::several_sets_become_one_again", several_sets),
         Case::new("succession::larger_maps_replace_full_ones", outgrown),
+        Case::new("succession::a_reload_outgrows_the_maps", reload_outgrows),
         Case::new(
             "succession::a_root_that_left_the_settings_stays_fenced",
             left_behind,
@@ -119,6 +121,12 @@ fn one_set(bpf: &Path, version: &str) -> Result<()> {
     })
 }
 
+/// The same on a new tap: what was queued on the old one while nobody looked has overflowed it.
+fn in_force_after(fx: &mut Fixture, actor: &mut Actor, own: SocketAddr) -> Result<()> {
+    fx.wire = Wire::tap()?;
+    in_force(fx, actor, own)
+}
+
 /// In scope arrives, out of scope is refused and booked, an own listener is an own one.
 fn in_force(fx: &mut Fixture, actor: &mut Actor, own: SocketAddr) -> Result<()> {
     for family in Family::ALL {
@@ -161,7 +169,7 @@ fn there_and_back(ctx: &mut Ctx) -> Result<()> {
             let now = fx.place().status()?.denied("alpha", None)?;
             expect("denied attempts", now, denied + u64::try_from(passed.1)?)?;
             one_set(&bpf, version)?;
-            in_force(&mut fx, &mut actor, own)?;
+            in_force_after(&mut fx, &mut actor, own)?;
         }
     }
     fx.reconcile("alpha")?;
@@ -213,7 +221,7 @@ fn killed_at_any_moment(ctx: &mut Ctx) -> Result<()> {
     }
     let now = fx.place().status()?.denied("alpha", None)?;
     expect("denied attempts", now, denied + u64::try_from(refused)?)?;
-    in_force(&mut fx, &mut actor, own)?;
+    in_force_after(&mut fx, &mut actor, own)?;
     fx.reconcile("alpha")?;
     println!("{KILLS} kills, {several} of them in the middle of a change; {refused} refusals");
     Ok(())
@@ -236,7 +244,7 @@ fn several_sets(ctx: &mut Ctx) -> Result<()> {
     expect("sets", sets(&bpf)?, vec!["v1/maps-3".to_owned()])?;
     let now = fx.place().status()?.denied("alpha", None)?;
     expect("denied attempts", now, denied + refused)?;
-    in_force(&mut fx, &mut actor, own)?;
+    in_force_after(&mut fx, &mut actor, own)?;
     fx.reconcile("alpha")
 }
 
@@ -365,6 +373,33 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
     enforcer.detach_all()?;
     println!("{passed} in scope, {refused} out of scope meanwhile");
     Ok(())
+}
+
+/// More agents than the maps of a small registry hold.
+fn reload_outgrows(ctx: &mut Ctx) -> Result<()> {
+    let mut fx = Fixture::start(ctx, &[Agent::standard("alpha")])?;
+    let bpf = fx.place().at("bpf");
+    let mut actor = fx.actor("alpha")?;
+    let mut server = fx.actor("alpha")?;
+    let (_, own) = server.listen(Family::V4.pick("127.0.0.1", "::1", 0)?)?;
+    in_force(&mut fx, &mut actor, own)?;
+    let denied = fx.place().status()?.denied("alpha", None)?;
+    let traffic = Traffic::start(fx.actor("alpha")?, fx.actor("alpha")?, 6000)?;
+    for number in 0..300 {
+        fx.place().write(&Agent::new(&format!("more-{number}")))?;
+    }
+    // The files are seen by themselves, too: whichever reload comes first moves.
+    let said = fx.place().remit(&["reload"])?;
+    expect("exit code of remit reload", said.code, 0).with_context(|| said.stderr.clone())?;
+    let refused = u64::try_from(traffic.end()?.1)?;
+    let found = sets(&bpf)?;
+    claim(found.len() == 1 && found != ["v1/maps"], || {
+        format!("sets of maps: {found:?}")
+    })?;
+    let now = fx.place().status()?.denied("alpha", None)?;
+    expect("denied attempts", now, denied + refused)?;
+    in_force_after(&mut fx, &mut actor, own)?;
+    fx.reconcile("alpha")
 }
 
 fn left_behind(ctx: &mut Ctx) -> Result<()> {

@@ -154,8 +154,7 @@ pub enum ApplyError {
     /// No room.
     #[error(
         "map `{map}` is full: it holds {has} entries and this registry needs {needs}; raise \
-         `limits.{limit}` (a map behind a standing fence keeps its size until `remit daemon \
-         --detach-all` has lifted that fence)"
+         `limits.{limit}` and start the daemon anew"
     )]
     Full {
         /// Map.

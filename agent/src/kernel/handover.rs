@@ -15,7 +15,7 @@ use agent_ebpf::abi::{ABI_VERSION, Counters};
 use super::{
     AttachError, Capacity, Enforcer, Fence, HOOKS, Image, OpenError,
     attach::{self, Raising, pin_name},
-    pins::{Dir, Survey, remove_pins},
+    pins::{Dir, Guardian, Survey, remove_pins},
     succession::{self, SUMS},
     sys,
     tally::{self, Tally},
@@ -68,6 +68,8 @@ impl Enforcer {
         if !self.old.is_empty() {
             self.await_old_programs();
             self.take_sums()?;
+            // Whatever fails below, they are taken over.
+            self.old.clear();
         }
         let own = self.own_version();
         let survey = Survey::read(&self.pinned.base)?;
@@ -87,7 +89,6 @@ impl Enforcer {
                 remove_pins(&path)?;
             }
         }
-        self.old.clear();
         Ok(())
     }
 
@@ -177,6 +178,7 @@ impl Enforcer {
             &self.tuning,
             known,
             serial,
+            Guardian::beside_another(&base),
         )?;
         next.tables.apply(images)?;
         let attributed = self.tables.attributed().clone();
@@ -210,6 +212,7 @@ impl Enforcer {
         std::mem::swap(self, &mut next);
         next.guardian.let_go();
         drop(next);
+        self.guardian.alone();
         if let Err(error) = self.settle_in() {
             tracing::warn!(message = "The old maps could not be removed yet.", %error);
         }

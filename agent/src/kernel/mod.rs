@@ -178,10 +178,17 @@ impl Enforcer {
         let known = survey.known();
         let plan = succession::plan(directory, &survey, &known);
         let serial = next_serial(&survey.programs);
-        Self::carry_out(plan, object, directory, capacity, tuning, known, serial)
+        let guardian = Guardian::new(directory);
+        Self::carry_out(
+            plan, object, directory, capacity, tuning, known, serial, guardian,
+        )
     }
 
     /// Loads `object` on the set that was planned for.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the two callers differ in each of them"
+    )]
     fn carry_out(
         mut plan: Plan,
         object: &[u8],
@@ -190,12 +197,12 @@ impl Enforcer {
         tuning: &Tuning,
         known: Known,
         serial: u32,
+        mut guardian: Guardian,
     ) -> Result<Self, OpenError> {
         let unusable = |path: &Path| {
             let path = path.to_owned();
             move |source| OpenError::Pins { path, source }
         };
-        let mut guardian = Guardian::new(base);
         let names = succession::names(&plan.old);
         let capacity = if plan.succession == Succession::Adopted {
             object::sizes(&plan.set)?

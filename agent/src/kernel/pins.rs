@@ -298,6 +298,7 @@ pub struct Guardian {
     base: PathBuf,
     made: Vec<PathBuf>,
     is_in_use: bool,
+    is_alone: bool,
 }
 
 // === impl Guardian ===
@@ -309,7 +310,15 @@ impl Guardian {
             base: base.to_owned(),
             made: Vec::new(),
             is_in_use: false,
+            is_alone: true,
         }
+    }
+
+    /// The same where this process has other pins there, which are not this guardian's.
+    pub fn beside_another(base: &Path) -> Self {
+        let mut guardian = Self::new(base);
+        guardian.is_alone = false;
+        guardian
     }
 
     /// Makes a directory.
@@ -334,9 +343,14 @@ impl Guardian {
         self.is_in_use = true;
     }
 
+    /// The other has gone.
+    pub fn alone(&mut self) {
+        self.is_alone = true;
+    }
+
     fn sweep(&self) -> io::Result<()> {
         let survey = Survey::read(&self.base)?;
-        if survey.links.is_empty() {
+        if survey.links.is_empty() && self.is_alone {
             // Maps that no link holds up are nobody's, and go with their process.
             for (_, path) in survey.versions {
                 remove_pins(&path)?;
