@@ -133,7 +133,7 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["explain", "alpha"],
         &["run", "--agent", "alpha"],
         &["run", "--", "true"],
-        &["explain", "alpha", "api.example.com:443"],
+        &["explain", "alpha", "*.example.com:443"],
         &["explain", "alpha", "192.0.2.1:443/sctp"],
         &["suspend", "alpha"],
         &["suspend", "--reason", "x"],

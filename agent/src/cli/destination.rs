@@ -8,10 +8,33 @@
 //! | `192.0.2.7:443/any`      | port 443 over TCP and over UDP |
 //! | `192.0.2.7/icmp`         | ICMP, or ICMPv6 |
 //! | `192.0.2.7`, `2001:db8::1` | whatever the agent's scope says about the address |
+//! | `api.example.com:443`    | a name, and port 443 over TCP at its addresses; the forms are the same |
+//! | `api.example.com`        | whether the name may be resolved |
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
-/// A destination to explain.
+use agent_ebpf::abi::Class;
+
+use crate::policy::{Depth, HostPattern};
+
+/// What to explain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// An address.
+    Address(Destination),
+    /// A name.
+    Name(Named),
+}
+
+/// A name to explain, and which traffic to its addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    /// Lower case, A-labels, no trailing dot.
+    pub(super) name: String,
+    pub(super) what: What,
+}
+
+/// An address to explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Destination {
     pub(super) addr: IpAddr,
@@ -41,7 +64,7 @@ pub(super) const UDP: u8 = 17;
 /// Why a text is no destination.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum DestinationError {
-    #[error("`{0}` is a name, and names need the DNS guard: give an address")]
+    #[error("`{0}` is neither an address nor a host name")]
     Name(String),
     #[error("`{0}` is not an address, nor ADDRESS:PORT or [IPV6]:PORT")]
     Address(String),
@@ -50,7 +73,7 @@ pub(super) enum DestinationError {
     #[error("`{0}` is not a protocol: tcp, udp, icmp or any")]
     Protocol(String),
     #[error("icmp has no ports: write `{0}/icmp`")]
-    IcmpPort(IpAddr),
+    IcmpPort(String),
     #[error("{0} needs a port: write `{1}:PORT/{0}`")]
     NoPort(&'static str, String),
 }
@@ -102,25 +125,104 @@ impl FromStr for Destination {
         };
         let (host, port) = split(endpoint);
         let addr = host.parse().map_err(|_| not_an_address(host))?;
-        let port = port.map(parse_port).transpose()?;
-        let host = if host.contains(':') {
-            format!("[{host}]")
-        } else {
-            host.to_owned()
-        };
-        let what = match (protocol, port) {
-            (None | Some("any"), None) => What::Everything,
-            (None | Some("tcp"), Some(port)) => What::Tcp(port),
-            (Some("udp"), Some(port)) => What::Udp(port),
-            (Some("any"), Some(port)) => What::Any(port),
-            (Some("icmp"), None) => What::Icmp,
-            (Some("icmp"), Some(_)) => return Err(DestinationError::IcmpPort(addr)),
-            (Some("tcp"), None) => return Err(DestinationError::NoPort("tcp", host)),
-            (Some("udp"), None) => return Err(DestinationError::NoPort("udp", host)),
-            (Some(other), _) => return Err(DestinationError::Protocol(other.to_owned())),
-        };
+        let what = what(host, port, protocol)?;
         Ok(Self { addr, what })
     }
+}
+
+impl FromStr for Target {
+    type Err = DestinationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.parse() {
+            Ok(destination) => Ok(Self::Address(destination)),
+            Err(DestinationError::Name(_)) => Ok(Self::Name(text.parse()?)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(destination) => destination.fmt(f),
+            Self::Name(named) => named.fmt(f),
+        }
+    }
+}
+
+// === impl Named ===
+
+impl Named {
+    /// What to ask for, each with its label; one question about no port in particular where none
+    /// was named.
+    pub(super) fn questions(&self) -> Vec<(String, Option<(Class, u16)>)> {
+        let name = &self.name;
+        let tcp = |port: u16| (format!("{name}:{port}/tcp"), Some((Class::Tcp, port)));
+        let udp = |port: u16| (format!("{name}:{port}/udp"), Some((Class::Udp, port)));
+        match self.what {
+            What::Tcp(port) => vec![tcp(port)],
+            What::Udp(port) => vec![udp(port)],
+            What::Any(port) => vec![tcp(port), udp(port)],
+            What::Icmp => vec![(format!("{name}/icmp"), Some((Class::Icmp, 0)))],
+            What::Everything => vec![(name.clone(), None)],
+        }
+    }
+}
+
+impl FromStr for Named {
+    type Err = DestinationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (endpoint, protocol) = match text.rsplit_once('/') {
+            Some((endpoint, protocol)) => (endpoint, Some(protocol)),
+            None => (text, None),
+        };
+        let (host, port) = split(endpoint);
+        let wrong = || DestinationError::Name(host.to_owned());
+        let name: HostPattern = host.parse().map_err(|_| wrong())?;
+        if name.depth() != Depth::Exact {
+            return Err(wrong());
+        }
+        Ok(Self {
+            name: name.base().to_owned(),
+            what: what(host, port, protocol)?,
+        })
+    }
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.name;
+        match self.what {
+            What::Tcp(port) => write!(f, "{name}:{port}/tcp"),
+            What::Udp(port) => write!(f, "{name}:{port}/udp"),
+            What::Any(port) => write!(f, "{name}:{port}/any"),
+            What::Icmp => write!(f, "{name}/icmp"),
+            What::Everything => f.write_str(name),
+        }
+    }
+}
+
+/// Which traffic to `host`.
+fn what(host: &str, port: Option<&str>, protocol: Option<&str>) -> Result<What, DestinationError> {
+    let port = port.map(parse_port).transpose()?;
+    let shown = if host.contains(':') {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
+    };
+    Ok(match (protocol, port) {
+        (None | Some("any"), None) => What::Everything,
+        (None | Some("tcp"), Some(port)) => What::Tcp(port),
+        (Some("udp"), Some(port)) => What::Udp(port),
+        (Some("any"), Some(port)) => What::Any(port),
+        (Some("icmp"), None) => What::Icmp,
+        (Some("icmp"), Some(_)) => return Err(DestinationError::IcmpPort(host.to_owned())),
+        (Some("tcp"), None) => return Err(DestinationError::NoPort("tcp", shown)),
+        (Some("udp"), None) => return Err(DestinationError::NoPort("udp", shown)),
+        (Some(other), _) => return Err(DestinationError::Protocol(other.to_owned())),
+    })
 }
 
 /// Host and port: `[v6]:port`, `[v6]`, a bare address, or `host:port`.
@@ -154,7 +256,7 @@ fn parse_port(text: &str) -> Result<u16, DestinationError> {
 
 fn not_an_address(host: &str) -> DestinationError {
     // Numbers and dots alone are a mistyped address rather than a name.
-    let name = host.contains(|c: char| c.is_ascii_alphabetic())
+    let name = host.contains(char::is_alphabetic)
         && !host.contains(|c: char| matches!(c, ':' | '/' | '[' | ']') || c.is_whitespace());
     if name {
         DestinationError::Name(host.to_owned())
@@ -226,15 +328,43 @@ mod tests {
             ("192.0.2.7:", E::Port(String::new())),
             ("192.0.2.7:443/sctp", E::Protocol("sctp".into())),
             ("192.0.2.0/24", E::Protocol("24".into())),
-            (
-                "192.0.2.7:1/icmp",
-                E::IcmpPort("192.0.2.7".parse().unwrap()),
-            ),
+            ("192.0.2.7:1/icmp", E::IcmpPort("192.0.2.7".into())),
             ("192.0.2.7/tcp", E::NoPort("tcp", "192.0.2.7".into())),
             ("::1/udp", E::NoPort("udp", "[::1]".into())),
         ] {
             assert_eq!(parse(text), Err(error), "{text}");
         }
+    }
+
+    #[test]
+    fn names_are_told_from_addresses() {
+        let parse = |text: &str| text.parse::<Target>();
+        for (text, name, what) in [
+            ("api.stripe.com:443", "api.stripe.com", What::Tcp(443)),
+            ("API.Stripe.com.:53/udp", "api.stripe.com", What::Udp(53)),
+            (
+                "b\u{fc}cher.example",
+                "xn--bcher-kva.example",
+                What::Everything,
+            ),
+            ("localhost/icmp", "localhost", What::Icmp),
+        ] {
+            let name = name.to_owned();
+            assert_eq!(
+                parse(text),
+                Ok(Target::Name(Named { name, what })),
+                "{text}"
+            );
+        }
+        for text in ["*.stripe.com:443", "a..b:443", "-a.example"] {
+            let host = text.trim_end_matches(":443").to_owned();
+            assert_eq!(parse(text), Err(DestinationError::Name(host)), "{text}");
+        }
+        assert!(matches!(parse("[2001:db8::1]:443"), Ok(Target::Address(_))));
+        assert_eq!(
+            parse("api.stripe.com:0"),
+            Err(DestinationError::Port("0".into()))
+        );
     }
 
     #[test]

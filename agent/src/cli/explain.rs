@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{
     Global, client,
     compiled::{Compiled, clock, compile},
-    destination::{Destination, TCP, UDP, What, icmp, written},
+    destination::{Destination, TCP, Target, UDP, What, icmp, written},
     format,
     outcome::{Failure, Outcome, Result},
     output::{self, Output, Tone, plain, plain_lines},
@@ -35,11 +35,11 @@ pub(super) struct Arguments {
     /// The agent.
     #[arg(value_name = "ID")]
     agent: String,
-    /// ADDRESS, ADDRESS:PORT, ADDRESS:PORT/PROTO or ADDRESS/icmp; IPv6 in brackets before a port.
+    /// ADDRESS or NAME, alone or with :PORT, :PORT/PROTO or /icmp; IPv6 in brackets before a port.
     /// PROTO is tcp (the default), udp or any. Without a port: all that the scope says about the
-    /// address.
+    /// address, or whether the name may be resolved.
     #[arg(value_name = "DEST[:PORT[/PROTO]]")]
-    destination: Destination,
+    destination: Target,
 }
 
 /// One thing to ask.
@@ -89,6 +89,12 @@ struct Kernel {
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
+    let destination = match &arguments.destination {
+        Target::Address(destination) => destination,
+        Target::Name(named) => {
+            return super::explain_name::run(global, &arguments.agent, named, output);
+        }
+    };
     let settings = global.settings()?;
     let compiled = compile(&settings, &[]);
     let tables = compiled.agent(&arguments.agent);
@@ -100,8 +106,14 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
     };
 
     let mut answers = Vec::new();
-    for asked in ask(&arguments.destination, tables)? {
-        answers.push(row(arguments, &asked, tables, &clock, &mut kernel)?);
+    for asked in ask(destination, tables)? {
+        let question = Question {
+            agent: arguments.agent.clone(),
+            addr: destination.addr,
+            port: asked.port,
+            protocol: asked.protocol,
+        };
+        answers.push(row(&question, &asked, tables, &clock, &mut kernel)?);
     }
     if answers
         .iter()
@@ -111,7 +123,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
     }
     let told = Told {
         agent: arguments.agent.clone(),
-        destination: arguments.destination.to_string(),
+        destination: destination.to_string(),
         verdict: verdict(&answers),
         agree: agreement(&answers),
         kernel_missing: kernel.missing,
@@ -219,20 +231,14 @@ fn everything(addr: IpAddr, tables: &AgentTables) -> Vec<Asked> {
 }
 
 fn row(
-    arguments: &Arguments,
+    question: &Question,
     asked: &Asked,
     tables: Option<&AgentTables>,
     clock: &Clock,
     kernel: &mut Kernel,
 ) -> Result<Row> {
-    let question = Question {
-        agent: arguments.agent.clone(),
-        addr: arguments.destination.addr,
-        port: asked.port,
-        protocol: asked.protocol,
-    };
-    let offline = tables.map(|tables| offline(tables, &question, clock));
-    let kernel = kernel.ask(&question)?;
+    let offline = tables.map(|tables| offline(tables, question, clock));
+    let kernel = kernel.ask(question)?;
     let agree = match (&offline, &kernel) {
         (Some((registry, _, _)), Some(kernel)) => {
             Some(registry.verdict == kernel.verdict && registry.reason == kernel.reason)
@@ -336,6 +342,15 @@ impl Kernel {
 
 /// Nobody could say anything.
 fn unanswered(agent: &str, compiled: &Compiled, kernel: &Kernel) -> Failure {
+    let kernel = kernel
+        .missing
+        .as_deref()
+        .unwrap_or("no answer from the kernel");
+    not_told(agent, compiled, kernel)
+}
+
+/// The registry on disk says nothing about `agent`, and nobody else does, for the reason `else_why`.
+pub(super) fn not_told(agent: &str, compiled: &Compiled, else_why: &str) -> Failure {
     let troubles = compiled.troubles(agent);
     for trouble in &troubles {
         output::talk(format_args!("{}\n", plain_lines(trouble)));
@@ -345,12 +360,8 @@ fn unanswered(agent: &str, compiled: &Compiled, kernel: &Kernel) -> Failure {
         return Failure::no(format!("no agent `{agent}` in the registry"))
             .help("`remit check` lists what is wrong with files that were not compiled");
     }
-    let kernel = kernel
-        .missing
-        .as_deref()
-        .unwrap_or("no answer from the kernel");
     Failure::unknown(format!(
-        "the entry of `{agent}` does not compile, and {kernel}"
+        "the entry of `{agent}` does not compile, and {else_why}"
     ))
 }
 

@@ -7,6 +7,7 @@ mod compiled;
 mod daemon;
 mod destination;
 mod explain;
+mod explain_name;
 mod format;
 mod lifecycle;
 mod outcome;

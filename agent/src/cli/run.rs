@@ -18,6 +18,7 @@ use crate::{
         standalone::Standalone,
     },
     launch::{self, Launch, Options, Signals},
+    policy::Names,
 };
 
 /// Arguments of `remit run`.
@@ -65,7 +66,8 @@ pub(super) fn run(global: &Global, arguments: Arguments) -> Result {
 
 /// Under a fence of its own, which lives as long as the command.
 fn alone(settings: &Settings, policy: PathBuf, launch: &Launch) -> Result {
-    let compiled = compiled::compile(settings, std::slice::from_ref(&policy));
+    let names = Names::Unguarded("`remit run --policy` has no DNS guard to resolve it");
+    let compiled = compiled::compile_on(settings, std::slice::from_ref(&policy), names);
     for finding in &compiled.compilation.findings {
         output::talk(finding);
     }

@@ -195,12 +195,22 @@ impl Core {
                  they would close",
             ),
         });
-        guards.push(host_wide(
-            "dns",
-            "dns",
-            GuardState::Off,
-            "this build has no DNS guard: entries that use names are refused, so nothing needs it",
-        ));
+        let named = self
+            .force
+            .agents
+            .values()
+            .any(|agent| !agent.tables.names.is_empty());
+        guards.push(match (self.settings.dns.enabled, named) {
+            (false, _) => host_wide("dns", "dns", GuardState::Off, "turned off by the settings"),
+            (true, false) => host_wide("dns", "dns", GuardState::Off, "no entry uses a name"),
+            (true, true) => host_wide(
+                "dns",
+                "dns",
+                GuardState::Absent,
+                "this build does not turn lookups to the DNS guard yet: no name resolves, and what \
+                 names would lead to is refused",
+            ),
+        });
         guards
     }
 

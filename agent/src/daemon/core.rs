@@ -107,7 +107,8 @@ impl Core {
         let loaded = store.load(wall_millis());
         let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
         let files = registry::read(&settings.paths);
-        let compiled = policy::compile(&files.sources, wall_millis());
+        let names = registry::names(settings);
+        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
         let enforcement = &settings.enforcement;
         let force = force::start(
             &files,

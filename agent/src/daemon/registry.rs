@@ -10,8 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::settings::Paths;
-use crate::policy::{Source, SourceKind};
+use super::settings::{Paths, Settings};
+use crate::policy::{Names, Source, SourceKind};
 
 /// The longest file, in bytes. Set files of a hundred thousand prefixes are about half of it.
 pub const MAX_FILE: u64 = 4 << 20;
@@ -38,6 +38,15 @@ pub struct Unread {
     pub folder: bool,
     /// Why.
     pub why: String,
+}
+
+/// Whether grants of names lead anywhere under these settings.
+pub const fn names(settings: &Settings) -> Names {
+    if settings.dns.enabled {
+        Names::Guarded
+    } else {
+        Names::Unguarded("the settings turn the DNS guard off (`dns.enabled = false`)")
+    }
 }
 
 /// Reads all that the settings name. The folder of agents must be there. Folders of sets and the

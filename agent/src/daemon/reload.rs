@@ -59,7 +59,8 @@ impl Core {
     fn try_reload(&mut self) -> Result<Changed, String> {
         self.read_holds();
         let files = registry::read(&self.settings.paths);
-        let compiled = policy::compile(&files.sources, wall_millis());
+        let names = registry::names(&self.settings);
+        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
         let next = force::merge(
             &files,
             compiled,

@@ -108,6 +108,7 @@ pub(super) fn tables(
             reach: reach.placed,
             serve: serve.placed,
         },
+        names: flat.names,
         entries: flat.entries,
     }
 }
@@ -156,6 +157,7 @@ pub(super) fn unregistered(around: &Surroundings<'_>) -> AgentTables {
             reach,
             serve: Vec::new(),
         },
+        names: flat.names,
         entries: flat.entries,
     }
 }

@@ -68,10 +68,25 @@ impl Compilation {
     }
 }
 
+/// Whether names lead anywhere on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// The DNS guard turns them into leases.
+    Guarded,
+    /// There is no guard, for this reason (`dns.enabled = false`). A grant of a name is an error
+    /// then, since nothing would ever resolve it; a denial of one only has nothing to do.
+    Unguarded(&'static str),
+}
+
+/// [`compile_on`] a host with the DNS guard.
+pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
+    compile_on(sources, now, Names::Guarded)
+}
+
 /// Compiles a registry at the wall-clock time `now`. An agent is in the result only if its own
 /// file and the sets that it uses have no error; a bad file takes no other agent away. A floor
 /// with errors is an error, and the agents are compiled with what of it is readable.
-pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
+pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilation {
     let files: Vec<SourceFile<'_>> = sources.iter().map(SourceFile::new).collect();
     let of = |kind: SourceKind| files.iter().filter(move |file| file.source.kind == kind);
 
@@ -103,7 +118,14 @@ pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
     }
     let lowered: Vec<(Flat, Lowered, Lowered)> = desks
         .iter_mut()
-        .map(|desk| lower_agent(desk, &surroundings))
+        .map(|desk| {
+            if let Names::Unguarded(why) = names {
+                let allow = &desk.checked.scope.allow;
+                let unguarded = link::names(desk.file, allow, &surroundings.shelves, why);
+                desk.findings.extend(unguarded);
+            }
+            lower_agent(desk, &surroundings)
+        })
         .collect();
     check_neighbours(&mut desks);
 
@@ -381,7 +403,7 @@ mod tests {
         let sources = [
             agent("uses", "", USE),
             set("sets", "s", "@inner"),
-            set("sets", "inner", "x"),
+            set("sets", "inner", "no name"),
         ];
         assert!(ids(&compile(&sources, NOW)).is_empty());
     }
@@ -405,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_bad_floor_leaves_the_agents_and_what_of_it_is_readable() {
-        let floor = "schema = 1\n[[deny]]\nto = \"nonsense\"\n[[deny]]\nto = \"10.9.9.9\"\n";
+        let floor = "schema = 1\n[[deny]]\nto = \"no name\"\n[[deny]]\nto = \"10.9.9.9\"\n";
         let sources = [
             agent("a", "", ""),
             source("floor.toml", SourceKind::Floor, floor),
@@ -502,5 +524,54 @@ mod tests {
         assert_eq!(sockets("443"), 0);
         assert_eq!(sockets("443, \"icmp\""), SOCKETS_ICMP);
         assert_eq!(sockets("\"any\""), SOCKETS_ICMP | SOCKETS_ANY);
+    }
+
+    #[test]
+    fn without_the_guard_a_grant_of_a_name_is_an_error_and_a_denial_is_not() {
+        let grant = "[[scope.allow]]\nto = \"api.example\"\nports = [443]\n";
+        let deny = "[[scope.deny]]\nto = \"api.example\"\n";
+        let sources = [
+            agent("grants", "", grant),
+            agent("uses", "", USE),
+            agent("denies", "", deny),
+            set("sets", "s", "@inner"),
+            set("sets", "inner", "www.example"),
+        ];
+        assert_eq!(ids(&compile(&sources, NOW)), ["denies", "grants", "uses"]);
+        let compilation = compile_on(&sources, NOW, Names::Unguarded("there is no guard"));
+        assert_eq!(ids(&compilation), ["denies"]);
+        let messages: Vec<&str> = compilation
+            .findings
+            .iter()
+            .map(|finding| finding.message.as_str())
+            .collect();
+        assert_eq!(
+            messages,
+            [
+                "`api.example` is a name, and there is no guard",
+                "`@s` grants the name `www.example`, and there is no guard",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_hash_covers_names_and_where_they_may_lead() {
+        let hash = |scope: &str| {
+            let compilation = compile(&[agent("a", "", scope)], NOW);
+            compilation.agents[0].hash.clone()
+        };
+        let grant = |to: &str, within: &str| {
+            format!("[[scope.allow]]\nto = \"{to}\"\nports = [443]\nwithin = [{within}]\n")
+        };
+        let hashes = [
+            hash(&grant("a.example", "")),
+            hash(&grant("*.a.example", "")),
+            hash(&grant("**.a.example", "")),
+            hash(&grant("a.example", "\"10.0.0.0/8\"")),
+            hash(&grant("a.example", "\"10.0.0.0/9\"")),
+        ];
+        let distinct: BTreeSet<&String> = hashes.iter().collect();
+        assert_eq!(distinct.len(), hashes.len());
+        assert_eq!(hash(&grant("A.Example.", "")), hashes[0]);
     }
 }

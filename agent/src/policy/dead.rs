@@ -1,14 +1,18 @@
 //! What lowering shows to be wrong with a scope: grants that do nothing, addresses that need more
 //! rules than fit.
 
-use std::net::IpAddr;
+use std::{collections::HashMap, net::IpAddr};
+
+use agent_ebpf::abi::Effect;
 
 use super::{
     assemble::RULES,
-    expand::Flat,
+    expand::{Flat, Role},
     finding::{Finding, quoted},
     lower::Lowered,
-    model::Scope,
+    model::{Grant, Scope, Target},
+    names::{self, NameRule},
+    net::Ports,
     reader::Notes,
     source::SourceFile,
     tables::Prefix,
@@ -26,22 +30,28 @@ pub(super) fn dead_grants(
     lowered: &Lowered,
 ) -> Vec<Finding> {
     let mut notes = Notes::new(file);
+    let names = stopped_names(flat);
     for opened in flat.opened.iter().filter(|opened| opened.whole) {
         let Some(grant) = scope.allow.get(opened.position) else {
             continue;
         };
+        within_floor(grant, flat, &mut notes);
         let range = opened.first as usize..opened.end as usize;
         let live = lowered.live.get(range.clone()).unwrap_or_default();
-        if live.contains(&true) {
+        let mut entries = opened.first..opened.end;
+        if live.contains(&true) || entries.any(|entry| names.get(&entry) == Some(&None)) {
             continue;
         }
         let name = format!("`{prefix}allow[{}]`", grant.index);
         let blockers = lowered.blocked_by.get(range).unwrap_or_default();
+        let entries = opened.first..opened.end;
         let blocker = blockers
             .iter()
             .flatten()
+            .copied()
+            .chain(entries.filter_map(|entry| names.get(&entry).copied().flatten()))
             .next()
-            .and_then(|at| flat.entries.get(*at as usize));
+            .and_then(|at| flat.entries.get(at as usize));
         let Some(blocker) = blocker else {
             let message = format!("{name} can never take effect: it shares no port with the set");
             notes.error(
@@ -60,7 +70,10 @@ pub(super) fn dead_grants(
         } else {
             format!(" ({}:{})", blocker.file, blocker.line)
         };
-        let help = if blocker.name.starts_with("floor.") {
+        let named = matches!(grant.to, Target::Name(_));
+        let help = if blocker.name.starts_with("floor.") && named {
+            "no grant of a name overrides the floor: remove the entry".to_owned()
+        } else if blocker.name.starts_with("floor.") {
             "the floor gives way to a grant of an exact address only: name the address, or remove \
              the entry"
                 .to_owned()
@@ -73,6 +86,42 @@ pub(super) fn dead_grants(
         notes.error(&grant.span, message, help);
     }
     notes.findings
+}
+
+/// Every grant of a name by its entry, with the entry of the denial that takes all of it.
+fn stopped_names(flat: &Flat) -> HashMap<u32, Option<u32>> {
+    let (grants, denials): (Vec<&NameRule>, Vec<&NameRule>) = flat
+        .names
+        .iter()
+        .partition(|rule| rule.effect == Effect::Allow);
+    grants
+        .into_iter()
+        .map(|grant| (grant.entry, names::stopped_by(grant, &denials)))
+        .collect()
+}
+
+/// Limits of a name's addresses where no name ever leads.
+fn within_floor(grant: &Grant, flat: &Flat, notes: &mut Notes<'_>) {
+    for limit in &grant.within {
+        let wanted = limit.value.prefix();
+        let floor = flat.reach.iter().find(|item| {
+            item.role == Role::Floor
+                && item.ports == Ports::all()
+                && item.prefix.len <= wanted.len
+                && item.prefix.contains(&wanted.addr)
+        });
+        let Some(entry) = floor.and_then(|item| flat.entries.get(item.entry as usize)) else {
+            continue;
+        };
+        let message = format!(
+            "{} lies inside `{}` ({}), where no name leads",
+            quoted(&limit.value.to_string()),
+            entry.name,
+            entry.text
+        );
+        let help = "remove it; only an entry that names the address itself reaches there";
+        notes.error(&limit.span, message, help);
+    }
 }
 
 /// The first prefix with more rules than the kernel's tables take.

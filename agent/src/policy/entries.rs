@@ -2,7 +2,6 @@
 
 use super::{
     document::{GrantDocument, PortDocument, ServeDocument},
-    finding::quoted,
     model::{Client, Grant, Serve, Target},
     name::Destination,
     net::{Cidr, CidrError, PortSpec, Ports},
@@ -96,7 +95,7 @@ fn grant(
     notes: &mut Notes<'_>,
 ) -> Option<Grant> {
     let Some(to) = &entry.to else {
-        let help = "write `to = \"ADDRESS\"`, a network, or a set as \"@NAME\"";
+        let help = "write `to = \"ADDRESS\"`, a network, a name, or a set as \"@NAME\"";
         notes.missing(
             &format!("{path}.to"),
             &entry.span,
@@ -106,19 +105,11 @@ fn grant(
         return None;
     };
     let destination = notes.parsed(&to.span, to.value.parse::<Destination>(), |e| e.help());
-    within(entry, destination.as_ref(), path, notes);
+    let within = within(entry, destination.as_ref(), path, notes);
     let target = match destination? {
         Destination::Net(cidr) => Target::Net(cidr),
         Destination::Set(name) => Target::Set(name),
-        Destination::Host(host) => {
-            let message = format!(
-                "{} is a name, and names need the DNS guard, which this build does not have yet",
-                quoted(&host.to_string())
-            );
-            let help = "use an address, a network such as \"192.0.2.0/24\", or a set as \"@NAME\"";
-            notes.error(&to.span, message, help);
-            return None;
-        }
+        Destination::Host(host) => Target::Name(host),
     };
     Some(Grant {
         index,
@@ -126,6 +117,7 @@ fn grant(
         ports: ports?,
         reason: entry.reason.as_ref().map(|at| at.value.clone()),
         expires: entry.expires.as_ref().map(|at| at.value),
+        within,
         span: to.span.clone(),
     })
 }
@@ -135,9 +127,9 @@ fn within(
     destination: Option<&Destination>,
     path: &str,
     notes: &mut Notes<'_>,
-) {
+) -> Vec<At<Cidr>> {
     let Some(list) = &entry.within else {
-        return;
+        return Vec::new();
     };
     if !matches!(destination, None | Some(Destination::Host(_))) {
         let message = format!("`{path}.within` has no meaning without a name in `to`");
@@ -147,9 +139,12 @@ fn within(
             "remove it: an address is its own limit",
         );
     }
-    for each in &list.value {
-        let _checked = notes.parsed(&each.span, each.value.parse::<Cidr>(), |e| e.help());
-    }
+    let parsed = list.value.iter().filter_map(|each| {
+        let value = notes.parsed(&each.span, each.value.parse::<Cidr>(), |e| e.help())?;
+        let span = each.span.clone();
+        Some(At { value, span })
+    });
+    parsed.collect()
 }
 
 /// The ports of an entry; `local` ones are a server's. None when some are wrong: the entry would

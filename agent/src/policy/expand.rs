@@ -1,13 +1,17 @@
 //! A scope as a flat list of what applies where: sets opened, the floor added, each piece with the
 //! entry that it comes from. Decides nothing; `lower` does.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
-use agent_ebpf::abi::{Class, SOCKETS_ANY, SOCKETS_ICMP};
+use agent_ebpf::abi::{Class, Effect, SOCKETS_ANY, SOCKETS_ICMP};
 
 use super::{
     model::{Client, Grant, Scope, Target},
-    name::Id,
+    name::{HostPattern, Id},
+    names::{self, NameRule},
     net::{Cidr, Ports},
     source::{SourceFile, Span},
     tables::{Entry, Prefix, UnixMillis},
@@ -86,6 +90,8 @@ pub struct Flat {
     pub spans: Vec<Option<Span>>,
     pub reach: Vec<Item>,
     pub serve: Vec<Item>,
+    /// In the order of [`super::AgentTables::names`].
+    pub names: Vec<NameRule>,
     pub opened: Vec<Opened>,
     /// `agent_ebpf::abi::SOCKETS_*` bits.
     pub sockets: u8,
@@ -96,6 +102,14 @@ struct Origin<'a> {
     file: &'a SourceFile<'a>,
     /// `scope.allow`, or `set:github.allow`.
     list: String,
+}
+
+/// All that a target stands for, whatever its ports.
+#[derive(Default)]
+struct Members {
+    prefixes: Vec<Prefix>,
+    names: Vec<HostPattern>,
+    seen: BTreeSet<String>,
 }
 
 /// What the entries that lead to a set narrow.
@@ -153,6 +167,7 @@ impl Flat {
             }
         }
         flat.builtin();
+        names::sort(&mut flat.names);
         flat.sockets = flat.sockets();
         flat
     }
@@ -172,16 +187,10 @@ impl Flat {
 
     fn allow(&mut self, origin: &Origin<'_>, grant: &Grant, shelves: &Shelves<'_>) -> bool {
         match &grant.to {
-            Target::Net(cidr) => {
-                let entry = origin.entry(grant, format!("{cidr} {}", grant.ports));
+            Target::Net(_) | Target::Name(_) => {
+                let entry = origin.entry(grant, format!("{} {}", grant.to, grant.ports));
                 let entry = self.push(entry, grant.expires, Some(&grant.span));
-                let ports = grant.ports.clone();
-                self.reach.push(Item {
-                    prefix: cidr.prefix(),
-                    role: Role::Allow,
-                    ports,
-                    entry,
-                });
+                self.lead(grant, grant.ports.clone(), entry);
                 true
             }
             Target::Set(name) => {
@@ -195,6 +204,31 @@ impl Flat {
                 };
                 self.open(name, &narrowed, shelves, &mut Vec::new())
             }
+        }
+    }
+
+    /// Adds where `grant` leads, if that is no set: `ports` of it, by the entry `entry`.
+    fn lead(&mut self, grant: &Grant, ports: Ports, entry: u32) {
+        match &grant.to {
+            Target::Net(cidr) => self.reach.push(Item {
+                prefix: cidr.prefix(),
+                role: Role::Allow,
+                ports,
+                entry,
+            }),
+            Target::Name(pattern) => {
+                let within = grant.within.iter().map(|each| each.value.prefix());
+                let expires = self.expires.get(entry as usize).copied().flatten();
+                self.names.push(NameRule {
+                    pattern: pattern.clone(),
+                    effect: Effect::Allow,
+                    ports,
+                    within: within.collect(),
+                    expires,
+                    entry,
+                });
+            }
+            Target::Set(_) => {}
         }
     }
 
@@ -226,17 +260,12 @@ impl Flat {
             };
             let reason = outer.reason.or(grant.reason.as_deref());
             match &grant.to {
-                Target::Net(cidr) => {
-                    let mut entry =
-                        origin.entry(grant, format!("{cidr} {ports} via {}", outer.via));
+                Target::Net(_) | Target::Name(_) => {
+                    let text = format!("{} {ports} via {}", grant.to, outer.via);
+                    let mut entry = origin.entry(grant, text);
                     entry.reason = reason.map(Into::into);
                     let entry = self.push(entry, expires, Some(outer.span));
-                    self.reach.push(Item {
-                        prefix: cidr.prefix(),
-                        role: Role::Allow,
-                        ports,
-                        entry,
-                    });
+                    self.lead(grant, ports, entry);
                 }
                 Target::Set(inner) => {
                     let narrowed = Narrowed {
@@ -261,21 +290,29 @@ impl Flat {
         span: Option<&Span>,
         shelves: &Shelves<'_>,
     ) {
-        let text = match &grant.to {
-            Target::Net(cidr) => format!("{cidr} {}", grant.ports),
-            Target::Set(name) => format!("@{name} {}", grant.ports),
-        };
+        let text = format!("{} {}", grant.to, grant.ports);
         let entry = self.push(origin.entry(grant, text), None, span);
-        let mut prefixes = Vec::new();
-        match &grant.to {
-            Target::Net(cidr) => prefixes.push(cidr.prefix()),
-            Target::Set(name) => members(name, shelves, &mut Vec::new(), &mut prefixes),
-        }
-        for prefix in prefixes {
+        let mut found = Members::default();
+        found.add(&grant.to, shelves, &mut Vec::new());
+        for prefix in found.prefixes {
             self.reach.push(Item {
                 prefix,
                 role,
                 ports: grant.ports.clone(),
+                entry,
+            });
+        }
+        let effect = match role {
+            Role::Floor | Role::Unlisted => Effect::Floor,
+            Role::Deny | Role::Allow => Effect::Deny,
+        };
+        for pattern in found.names {
+            self.names.push(NameRule {
+                pattern,
+                effect,
+                ports: grant.ports.clone(),
+                within: Vec::new(),
+                expires: None,
                 entry,
             });
         }
@@ -342,10 +379,17 @@ impl Flat {
     }
 
     fn sockets(&self) -> u8 {
-        let grants = self.reach.iter().filter(|item| item.role == Role::Allow);
-        grants.fold(0, |bits, item| {
-            let icmp = !item.ports.of(Class::Icmp).is_empty();
-            let any = !item.ports.of(Class::Other).is_empty();
+        let reach = self.reach.iter().filter(|item| item.role == Role::Allow);
+        let names = self
+            .names
+            .iter()
+            .filter(|rule| rule.effect == Effect::Allow);
+        let grants = reach
+            .map(|item| &item.ports)
+            .chain(names.map(|rule| &rule.ports));
+        grants.fold(0, |bits, ports| {
+            let icmp = !ports.of(Class::Icmp).is_empty();
+            let any = !ports.of(Class::Other).is_empty();
             bits | if icmp { SOCKETS_ICMP } else { 0 } | if any { SOCKETS_ANY } else { 0 }
         })
     }
@@ -365,19 +409,30 @@ impl Origin<'_> {
     }
 }
 
-/// Every network of a set and of those that it includes, whatever its ports.
-fn members(name: &Id, shelves: &Shelves<'_>, path: &mut Vec<Id>, found: &mut Vec<Prefix>) {
-    let Some(shelf) = shelves.get(name).filter(|_| !path.contains(name)) else {
-        return;
-    };
-    path.push(name.clone());
-    for grant in shelf.allow {
-        match &grant.to {
-            Target::Net(cidr) => found.push(cidr.prefix()),
-            Target::Set(inner) => members(inner, shelves, path, found),
+// === impl Members ===
+
+impl Members {
+    fn add(&mut self, target: &Target, shelves: &Shelves<'_>, path: &mut Vec<Id>) {
+        match target {
+            Target::Net(cidr) => self.prefixes.push(cidr.prefix()),
+            Target::Name(pattern) => {
+                // A set may list a name twice; one denial of it is enough.
+                if self.seen.insert(pattern.to_string()) {
+                    self.names.push(pattern.clone());
+                }
+            }
+            Target::Set(name) => {
+                let Some(shelf) = shelves.get(name).filter(|_| !path.contains(name)) else {
+                    return;
+                };
+                path.push(name.clone());
+                for grant in shelf.allow {
+                    self.add(&grant.to, shelves, path);
+                }
+                path.pop();
+            }
         }
     }
-    path.pop();
 }
 
 #[cfg(test)]

@@ -200,6 +200,22 @@ fn refused(
             format!("{name} granted {text} and has expired"),
             format!("a later `expires` at {at} would allow it"),
         ),
+        Reason::LoopbackForeign if tables.loopback == Loopback::None => (
+            "`loopback = \"none\"` closes loopback".into(),
+            format!("a grant in {file} would allow it: {grant}"),
+        ),
+        Reason::LoopbackForeign => (
+            "the loopback peer is not the agent's own".into(),
+            format!("a grant in {file} would allow it: {grant}"),
+        ),
+        reason => lifecycle(tables, reason),
+    }
+}
+
+/// A refusal that has nothing to do with the destination.
+pub(super) fn lifecycle(tables: &AgentTables, reason: Reason) -> (String, String) {
+    let file = tables.file.display();
+    match reason {
         Reason::Expired => (
             "the agent has expired".into(),
             format!("a later `lifecycle.expires` in {file} would let it reach its scope"),
@@ -224,15 +240,11 @@ fn refused(
             "no agent claims the process's cgroup".into(),
             "an agent whose `selector.cgroup` names it, and whose scope covers this, would".into(),
         ),
-        Reason::LoopbackForeign if tables.loopback == Loopback::None => (
-            "`loopback = \"none\"` closes loopback".into(),
-            format!("a grant in {file} would allow it: {grant}"),
-        ),
-        Reason::LoopbackForeign => (
-            "the loopback peer is not the agent's own".into(),
-            format!("a grant in {file} would allow it: {grant}"),
-        ),
-        Reason::NameNotInScope
+        Reason::OutOfScope
+        | Reason::Denied
+        | Reason::Floor
+        | Reason::LoopbackForeign
+        | Reason::NameNotInScope
         | Reason::UnixNotInScope
         | Reason::SocketType
         | Reason::LeaseExpired
@@ -260,7 +272,7 @@ fn grant(question: &Question) -> String {
     )
 }
 
-fn place(entry: &Entry) -> String {
+pub(super) fn place(entry: &Entry) -> String {
     if entry.file.is_empty() {
         entry.name.clone()
     } else {

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    model::{Agent, Client, Grant, Scope, Target},
+    model::{Agent, Client, Grant, Scope},
     name::Id,
 };
 
@@ -81,13 +81,13 @@ impl Canonical {
 
     fn grants(&mut self, key: &str, grants: &[Grant]) {
         for grant in grants {
-            match &grant.to {
-                Target::Net(cidr) => self.line(key, &cidr.to_string()),
-                Target::Set(name) => self.line(key, &format!("@{name}")),
-            }
+            self.line(key, &grant.to.to_string());
             self.line("ports", &grant.ports.to_string());
             self.maybe("reason", grant.reason.as_deref());
             self.number("expires", grant.expires);
+            for cidr in &grant.within {
+                self.line("within", &cidr.value.to_string());
+            }
         }
     }
 

@@ -177,6 +177,40 @@ pub fn missing_sets(
     findings
 }
 
+/// For each grant of a name, or of a set with one, an error: nothing resolves it, for `why`.
+pub fn names(
+    file: &SourceFile<'_>,
+    grants: &[Grant],
+    shelves: &Shelves<'_>,
+    why: &str,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let is_name = |grant: &Grant| matches!(grant.to, Target::Name(_));
+    for grant in grants {
+        let message = match &grant.to {
+            Target::Net(_) => continue,
+            Target::Name(host) => {
+                format!("{} is a name, and {why}", quoted(&host.to_string()))
+            }
+            Target::Set(set) => {
+                let sets = included(std::slice::from_ref(grant), shelves);
+                let mut members = sets.iter().filter_map(|set| shelves.get(set));
+                let name = members.find_map(|shelf| shelf.allow.iter().find(|each| is_name(each)));
+                let Some(name) = name else { continue };
+                let (set, name) = (format!("@{set}"), name.to.to_string());
+                format!(
+                    "{} grants the name {}, and {why}",
+                    quoted(&set),
+                    quoted(&name)
+                )
+            }
+        };
+        let help = "only the DNS guard turns names into addresses: enable it, or name addresses";
+        findings.push(Finding::error(file, &grant.span, message).help(help));
+    }
+    findings
+}
+
 /// For each set in `grants` that leads back to `set`, an error.
 pub fn circles(
     file: &SourceFile<'_>,

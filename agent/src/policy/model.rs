@@ -1,11 +1,14 @@
 //! The registry, checked: what each entry says, every leaf valid by its type. Places stay with
 //! what a later stage may complain about.
 
+use std::fmt;
+
 use agent_ebpf::abi::{Loopback, Mode, State};
 
 use super::{
-    name::Id,
+    name::{HostPattern, Id},
     net::{Cidr, Ports},
+    reader::At,
     selector::Selector,
     source::Span,
     tables::UnixMillis,
@@ -117,6 +120,8 @@ pub struct Grant {
     pub reason: Option<String>,
     /// Until when; none is without end.
     pub expires: Option<UnixMillis>,
+    /// Names only: where addresses in private, shared, link-local or loopback ranges have to lie.
+    pub within: Vec<At<Cidr>>,
     /// Where `to` stands.
     pub span: Span,
 }
@@ -126,6 +131,8 @@ pub struct Grant {
 pub enum Target {
     /// A network or address.
     Net(Cidr),
+    /// The addresses that a name leads to, or the names of a pattern.
+    Name(HostPattern),
     /// A named set.
     Set(Id),
 }
@@ -143,6 +150,18 @@ pub struct Set {
     pub reviewed: Option<UnixMillis>,
     /// How many `[[allow]]` entries it has.
     pub entries: usize,
+}
+
+// === impl Target ===
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net(cidr) => cidr.fmt(f),
+            Self::Name(host) => host.fmt(f),
+            Self::Set(name) => write!(f, "@{name}"),
+        }
+    }
 }
 
 // === impl Scope ===

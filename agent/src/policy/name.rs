@@ -49,7 +49,8 @@ pub enum DestinationError {
     Set(#[from] IdError),
 }
 
-/// A host name in its ASCII form, lower case, or a pattern of names.
+/// A host name in its ASCII form, lower case, or a pattern of names. Patterns match whole labels:
+/// `*.example.com` has nothing to do with `badexample.com`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HostPattern {
     depth: Depth,
@@ -57,7 +58,7 @@ pub struct HostPattern {
 }
 
 /// Which names below the base a pattern covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Depth {
     /// The name itself and none below.
     Exact,
@@ -194,6 +195,29 @@ impl HostPattern {
     /// Which names below [`Self::base`] are covered.
     pub const fn depth(&self) -> Depth {
         self.depth
+    }
+
+    /// Whether `name` (lower case, A-labels, no trailing dot) is one that it covers.
+    pub fn matches(&self, name: &str) -> bool {
+        let below = name
+            .strip_suffix(&self.base)
+            .and_then(|rest| rest.strip_suffix('.'));
+        match (self.depth, below) {
+            (Depth::Exact, _) => name == self.base,
+            (Depth::One, Some(labels)) => !labels.is_empty() && !labels.contains('.'),
+            (Depth::Any, Some(labels)) => !labels.is_empty(),
+            (Depth::One | Depth::Any, None) => false,
+        }
+    }
+
+    /// Whether every name that `other` covers is one that it covers.
+    pub fn covers(&self, other: &Self) -> bool {
+        match (self.depth, other.depth) {
+            (_, Depth::Exact) => self.matches(&other.base),
+            (Depth::Exact, _) | (Depth::One, Depth::Any) => false,
+            (Depth::One, Depth::One) => self.base == other.base,
+            (Depth::Any, _) => self.base == other.base || self.matches(&other.base),
+        }
     }
 }
 
@@ -365,6 +389,51 @@ mod tests {
         for (text, depth, base) in cases {
             let host: HostPattern = text.parse().unwrap();
             assert_eq!((host.depth(), host.base()), (depth, base), "{text}");
+        }
+    }
+
+    #[test]
+    fn patterns_match_whole_labels() {
+        let cases = [
+            ("example.com", "example.com", true),
+            ("example.com", "a.example.com", false),
+            ("*.example.com", "a.example.com", true),
+            ("*.example.com", "example.com", false),
+            ("*.example.com", "a.b.example.com", false),
+            ("*.example.com", "badexample.com", false),
+            ("*.example.com", ".example.com", false),
+            ("**.example.com", "a.b.example.com", true),
+            ("**.example.com", "example.com", false),
+            ("**.google.com", "evilgoogle.com", false),
+            ("**.google.com", "a.evilgoogle.com", false),
+            ("**.example.com", "example.com.evil.net", false),
+        ];
+        for (pattern, name, expected) in cases {
+            let host: HostPattern = pattern.parse().unwrap();
+            assert_eq!(host.matches(name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_covers_narrower_ones() {
+        let cases = [
+            ("*.a.example", "x.a.example", true),
+            ("*.a.example", "*.a.example", true),
+            ("*.a.example", "**.a.example", false),
+            ("*.a.example", "*.x.a.example", false),
+            ("**.a.example", "**.a.example", true),
+            ("**.a.example", "*.a.example", true),
+            ("**.a.example", "*.x.a.example", true),
+            ("**.a.example", "**.y.x.a.example", true),
+            ("**.a.example", "a.example", false),
+            ("**.a.example", "**.ba.example", false),
+            ("x.a.example", "*.a.example", false),
+            ("**.x.a.example", "**.a.example", false),
+        ];
+        for (left, right, expected) in cases {
+            let (left, right): (HostPattern, HostPattern) =
+                (left.parse().unwrap(), right.parse().unwrap());
+            assert_eq!(left.covers(&right), expected, "{left} {right}");
         }
     }
 

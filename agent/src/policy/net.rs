@@ -226,6 +226,11 @@ impl PortSpec {
         self.class
     }
 
+    /// All of one protocol.
+    pub const fn whole(class: Class) -> Self {
+        Self::all(Some(class))
+    }
+
     const fn all(class: Option<Class>) -> Self {
         Self {
             class,
@@ -315,6 +320,12 @@ impl Ports {
             .map_or(&[], Vec::as_slice)
     }
 
+    /// Whether it has `port` of `class`; protocols without ports have port 0 alone.
+    pub fn contains(&self, class: Class, port: u16) -> bool {
+        let inside = |(low, high): &(u16, u16)| (*low..=*high).contains(&port);
+        self.of(class).iter().any(inside)
+    }
+
     /// Each class with its intervals.
     pub fn iter(&self) -> impl Iterator<Item = (Class, &[(u16, u16)])> {
         Class::ALL
@@ -337,6 +348,33 @@ impl Ports {
         Self {
             intervals: [next(), next(), next(), next()],
         }
+    }
+
+    /// The ports that are not in `other`.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        let pairs = self.intervals.iter().zip(&other.intervals);
+        let mut intervals = pairs.map(|(left, right)| subtract(left, right));
+        let mut next = || intervals.next().unwrap_or_default();
+        Self {
+            intervals: [next(), next(), next(), next()],
+        }
+    }
+
+    /// The ports of either.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        let specs = [self, other].into_iter().flat_map(|ports| {
+            ports.iter().flat_map(|(class, intervals)| {
+                let spec = move |&(low, high): &(u16, u16)| PortSpec {
+                    class: Some(class),
+                    low,
+                    high,
+                };
+                intervals.iter().map(spec)
+            })
+        });
+        specs.collect()
     }
 
     /// The same without the protocols that have no ports, which a server's ports cannot be.
@@ -413,6 +451,25 @@ fn intersect(left: &[(u16, u16)], right: &[(u16, u16)]) -> Vec<(u16, u16)> {
         }
     }
     shared
+}
+
+/// What of sorted, disjoint intervals is in none of `taken`, which are sorted and disjoint too.
+fn subtract(intervals: &[(u16, u16)], taken: &[(u16, u16)]) -> Vec<(u16, u16)> {
+    let mut left = Vec::new();
+    for &(low, high) in intervals {
+        let mut from = Some(low);
+        for &(first, last) in taken {
+            let Some(start) = from.filter(|start| first <= high && last >= *start) else {
+                continue;
+            };
+            if let Some(before) = first.checked_sub(1).filter(|before| *before >= start) {
+                left.push((start, before));
+            }
+            from = last.checked_add(1).filter(|next| *next <= high);
+        }
+        left.extend(from.map(|start| (start, high)));
+    }
+    left
 }
 
 #[cfg(test)]
@@ -515,6 +572,28 @@ mod tests {
         }
         assert_eq!(PortSpec::tcp(-1), Err(PortError::Number("-1".into())));
         assert_eq!(PortSpec::tcp(0), Err(PortError::Zero));
+    }
+
+    #[test]
+    fn differences_keep_what_only_the_first_has() {
+        let cases: &[(&[&str], &[&str], &str)] = &[
+            (&["80-90"], &["85"], "80-84/tcp, 86-90/tcp"),
+            (&["80-90"], &["80-82", "90-99"], "83-89/tcp"),
+            (&["80-90", "443"], &["any/udp"], "80-90/tcp, 443/tcp"),
+            (&["80-90", "443"], &["1-100"], "443/tcp"),
+            (&["any/tcp"], &["1-65535"], "0/tcp"),
+            (&["80"], &["any"], ""),
+        ];
+        for (from, taken, left) in cases {
+            let shown = ports(from).without(&ports(taken)).to_string();
+            assert_eq!(shown, *left, "{from:?} without {taken:?}");
+        }
+    }
+
+    #[test]
+    fn unions_have_what_either_has() {
+        let both = ports(&["80-90"]).union(&ports(&["91", "53/udp"]));
+        assert_eq!(both, ports(&["80-91", "53/udp"]));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use super::{
     assemble::{RULES, UNREGISTERED_ID},
     name::Id,
+    names,
     net::network_mask,
     tables::{AgentTables, Placed, Prefix},
 };
@@ -175,6 +176,9 @@ impl AgentTables {
         if let Some(odd) = self.selectors.iter().find(|glob| !glob.starts_with('/')) {
             return Err(format!("its selector `{odd}` is no path"));
         }
+        if !names::is_sound(&self.names, self.entries.len()) {
+            return Err("its names are not sorted, or name no entry".to_owned());
+        }
         self.check_places(&self.scope.reach)?;
         self.check_places(&self.scope.serve)
     }
@@ -225,7 +229,9 @@ mod tests {
                     \"monitor\"\n[[scope.serve]]\nports = [8080]\nfrom = [\"10.0.0.0/8\", \
                     \"loopback\"]\n[[scope.allow]]\nto = \"10.0.0.0/8\"\nports = [443, \
                     \"53/udp\", \"icmp\"]\nexpires = 2027-11-30T00:00:00Z\n[[scope.allow]]\nto = \
-                    \"2001:db8::/32\"\nports = [\"any\"]\n[[scope.deny]]\nto = \"10.20.9.0/24\"\n";
+                    \"2001:db8::/32\"\nports = [\"any\"]\n[[scope.allow]]\nto = \
+                    \"*.example.com\"\nports = [443]\nwithin = [\"10.0.0.0/8\"]\n\
+                    [[scope.allow]]\nto = \"a.example.com\"\nports = [80]\n[[scope.deny]]\nto = \"10.20.9.0/24\"\n";
         let source = Source {
             path: "agents.d/a.toml".into(),
             text: text.to_owned(),
@@ -286,6 +292,8 @@ mod tests {
         assert!(spoilt(|tables| tables.id = "../a".to_owned()));
         assert!(spoilt(|tables| tables.selectors[0] = "r/a".to_owned()));
         assert!(spoilt(|tables| tables.scope.reach.swap(0, 1)));
+        assert!(spoilt(|tables| tables.names.swap(0, 1)));
+        assert!(spoilt(|tables| tables.names[1].entry = u32::MAX));
         assert!(spoilt(|tables| tables.entries.clear()));
         assert!(spoilt(|tables| {
             let last = tables.scope.reach.last().unwrap().clone();

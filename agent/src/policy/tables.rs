@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::stored;
 
+use super::names::NameRule;
+
 /// A prefix of the one address space, where IPv4 is `::ffff:0:0/96`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Prefix {
@@ -121,6 +123,9 @@ pub struct AgentTables {
     pub selectors: Vec<String>,
     /// What it may reach and answer.
     pub scope: Scope,
+    /// Names that it may or may not resolve, sorted by base, depth and entry.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<NameRule>,
     /// Entries, by the index that rules carry.
     pub entries: Vec<Entry>,
 }
@@ -168,6 +173,7 @@ impl AgentTables {
             expires: None,
             selectors: Vec::new(),
             scope: Scope::default(),
+            names: Vec::new(),
             entries: Vec::new(),
         }
     }
