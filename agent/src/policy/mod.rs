@@ -21,6 +21,7 @@ mod explain;
 mod explain_name;
 mod finding;
 mod hash;
+mod lease;
 mod link;
 mod lower;
 mod memory;
@@ -41,6 +42,9 @@ pub use compile::{Compilation, Names, compile, compile_on};
 pub use explain::{Explanation, Outcome, Question, explain, words};
 pub use explain_name::explain_name;
 pub use finding::{Finding, Severity};
+pub use lease::{
+    LeasedPorts, LeasedRule, TooManyRules, Unleasable, is_inside, leasable, leased_rules, reaches,
+};
 pub use memory::{MemoryRules, row, rule_sets};
 pub use model::{Agent, Lifecycle, Set};
 pub use name::{Depth, HostPattern, Id};

@@ -226,6 +226,11 @@ impl PortSpec {
         self.class
     }
 
+    /// An interval that is known to be one.
+    pub(super) const fn interval(class: Option<Class>, low: u16, high: u16) -> Self {
+        Self { class, low, high }
+    }
+
     /// All of one protocol.
     pub const fn whole(class: Class) -> Self {
         Self::all(Some(class))
