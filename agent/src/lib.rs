@@ -1,5 +1,6 @@
 //! Remit's user side. Modules in dependency order; each may use only those above it, and the
-//! peers `kernel`, `audit`, `control`, `cgroup`, `launch`, `state` and `sockets` never each other:
+//! peers `kernel`, `audit`, `control`, `cgroup`, `launch`, `state`, `sockets` and `dns` never
+//! each other:
 //!
 //! | module    | may know                       | promises |
 //! |-----------|--------------------------------|----------|
@@ -12,6 +13,7 @@
 //! | `control` | `netlink`                      | the socket: protocol, peer credentials, client |
 //! | `state`   | `policy` (its tables)          | what survives: last good registry, holds, clocks |
 //! | `sockets` | `netlink`                      | TCP connections in every network namespace, and their end |
+//! | `dns`     | `policy` (its tables)          | the guard: which name, whose, and which addresses it leases |
 //! | `daemon`  | all of the above               | the only place where they meet |
 //! | `cli`     | all of the above               | argv and terminal |
 
@@ -20,6 +22,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod control;
 pub mod daemon;
+pub mod dns;
 pub mod kernel;
 pub mod launch;
 mod netlink;

@@ -12,7 +12,7 @@ use crate::lint::sources;
 type Layer = (&'static str, &'static [&'static str]);
 
 /// In dependency order; the table in `agent/src/lib.rs` says the same in words.
-const LAYERS: [Layer; 12] = [
+const LAYERS: [Layer; 13] = [
     ("policy", &[]),
     ("netlink", &[]),
     ("cgroup", &[]),
@@ -22,34 +22,38 @@ const LAYERS: [Layer; 12] = [
     ("control", &["netlink"]),
     ("state", &["policy"]),
     ("sockets", &["netlink"]),
+    ("dns", &["policy"]),
     (
         "daemon",
         &[
             "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
+            "dns",
         ],
     ),
     (
         "cli",
         &[
             "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
-            "daemon",
+            "dns", "daemon",
         ],
     ),
     (
         "main",
         &[
             "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
-            "daemon", "cli",
+            "dns", "daemon", "cli",
         ],
     ),
 ];
 
 /// Files and folders that take the clock, the network and the disk only as arguments.
-const PURE: [&str; 9] = [
+const PURE: [&str; 11] = [
     "agent/src/policy",
+    "agent/src/dns/name.rs",
     "agent/src/dns/message.rs",
-    "agent/src/dns/guard.rs",
-    "agent/src/dns/grant.rs",
+    "agent/src/dns/budget.rs",
+    "agent/src/dns/lease.rs",
+    "agent/src/dns/guard",
     "agent/src/audit/record",
     "agent/src/audit/decided",
     "agent/src/control/protocol",
