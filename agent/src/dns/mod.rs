@@ -5,11 +5,28 @@
 //! nowhere; the rest is asked upstream in the guard's own words, and the answer is released once
 //! its leases are in force.
 //!
-//! Pure: [`name`], [`message`], [`budget`], [`lease`], [`guard`]. The rim: `server`. The guard knows
-//! no kernel: it *returns* leases, and whoever runs it writes them.
+//! ```text
+//!  agent ─ endpoint ─▶ server ─ Identify ─▶ daemon: whose socket is this?
+//!                        │ guard.ask: refused, or asked
+//!                        ├─▶ upstream
+//!                        │ guard.judge: what of the answer, which leases
+//!                        ├─ Lease ─▶ daemon: written and read back
+//!  agent ◀── reply ──────┘
+//! ```
+//!
+//! Pure: [`name`], [`message`], [`budget`], [`lease`], [`guard`]. The rim: [`endpoint`],
+//! [`resolv`], [`upstream`], [`server`]. The guard knows no kernel: it *returns* leases, and the
+//! daemon writes them. Nothing is cached here but what the leases need: see [`upstream`].
+//!
+//! While the daemon is down nobody listens at the endpoints: a lookup over UDP or TCP is refused by
+//! the kernel at once (ECONNREFUSED), and leases run out.
 
 pub mod budget;
+pub mod endpoint;
 pub mod guard;
 pub mod lease;
 pub mod message;
 pub mod name;
+pub mod resolv;
+pub mod server;
+pub mod upstream;
