@@ -26,22 +26,21 @@ const LAYERS: [Layer; 13] = [
     (
         "daemon",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
-            "dns",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets", "dns",
         ],
     ),
     (
         "cli",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
-            "dns", "daemon",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets", "dns",
+            "daemon",
         ],
     ),
     (
         "main",
         &[
-            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets",
-            "dns", "daemon", "cli",
+            "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets", "dns",
+            "daemon", "cli",
         ],
     ),
 ];
