@@ -124,6 +124,8 @@ fn one_set(bpf: &Path, version: &str) -> Result<()> {
 /// The same on a new tap: what was queued on the old one while nobody looked has overflowed it.
 fn in_force_after(fx: &mut Fixture, actor: &mut Actor, own: SocketAddr) -> Result<()> {
     fx.wire = Wire::tap()?;
+    // A line about what the budget held back of the flood may still come.
+    fx.reconcile("alpha")?;
     in_force(fx, actor, own)
 }
 
