@@ -121,8 +121,10 @@ fn one_set(bpf: &Path, version: &str) -> Result<()> {
     })
 }
 
-/// The same on a new tap: what was queued on the old one while nobody looked has overflowed it.
+/// The same once the log has told of what the traffic came to, and on a new tap: what was queued
+/// on the old one while nobody looked has overflowed it.
 fn in_force_after(fx: &mut Fixture, actor: &mut Actor, own: SocketAddr) -> Result<()> {
+    fx.reconcile("alpha")?;
     fx.wire = Wire::tap()?;
     // A line about what the budget held back of the flood may still come.
     fx.reconcile("alpha")?;
@@ -257,7 +259,7 @@ fn images(ctx: &Ctx, agents: &[Agent]) -> Result<Vec<Image>> {
         .map(|agent| Source {
             kind: SourceKind::Agent,
             path: format!("{}.toml", agent.id).into(),
-            text: agent.toml(&ctx.root()).into(),
+            text: agent.toml(&ctx.root()),
         })
         .collect();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;

@@ -239,6 +239,13 @@ impl Tables {
             .collect()
     }
 
+    /// Takes note of differences that other tables' adoption has found.
+    pub fn remember(&mut self, differences: Vec<Difference>) {
+        for difference in differences {
+            self.differences.insert(difference.agent, difference.what);
+        }
+    }
+
     /// Takes over the agents' indices of other maps: tags on sockets carry them. Those that have
     /// another one here already keep it.
     pub fn inherit(&mut self, names: &BTreeMap<u32, String>) -> Result<(), ApplyError> {
