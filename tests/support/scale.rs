@@ -17,6 +17,15 @@ pub fn of(whole: usize) -> usize {
     }
 }
 
+/// So many seconds of patience; more on emulated processors.
+pub fn patience(secs: u64) -> u64 {
+    if std::env::var_os("REMIT_TEST_VM").is_some() {
+        secs * 4
+    } else {
+        secs
+    }
+}
+
 /// How long a case may take.
 pub fn deadline() -> Duration {
     Duration::from_secs(if full() { 1200 } else { 60 })

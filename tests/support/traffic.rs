@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use super::{
     Cgroup, Family, claim, eventually,
     network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
+    scale,
 };
 pub use crate::actor::traffic::Lane;
 use crate::actor::traffic::{Ears, Heard, Plan, REPORT, Spot, Tally, Transport, payload};
@@ -226,7 +227,7 @@ impl Generator {
         fits: impl Fn(&Lane, &Tally, &Tally) -> bool,
     ) -> Result<()> {
         let before = self.report()?;
-        eventually(5, || {
+        eventually(scale::patience(5), || {
             let now = self.report()?;
             for ((lane, old), (_, new)) in before.iter().zip(&now) {
                 claim(lane.label != label || fits(lane, old, new), || {
