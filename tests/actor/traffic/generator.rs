@@ -31,9 +31,11 @@ pub fn serve(plan: &str) -> Result<ExitCode> {
             // Nothing is sent after the last numbers.
             Wish::End => return report(&lanes).map(|()| ExitCode::SUCCESS),
         }
+        let began = Instant::now();
         for lane in &mut lanes {
             lane.turn();
         }
+        let pause = if plan.rest { began.elapsed() } else { pause };
         if !pause.is_zero() {
             std::thread::sleep(pause);
         }
