@@ -221,7 +221,7 @@ fn mended_by_itself(world: &mut World, tampering: &Tampering) -> Result<Duration
         }
     }
     let took = began.elapsed();
-    eventually(scale::patience(4), || {
+    eventually(4, || {
         let all = world.fx.audit()?;
         let told = all.get(lines..).unwrap_or_default().iter().any(|line| {
             let text = line.0.to_string();

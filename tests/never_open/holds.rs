@@ -18,7 +18,7 @@ use crate::{
     support::{
         Fixture, claim,
         daemon::Settings,
-        eventually, expect, scale,
+        eventually, expect,
         traffic::{Generator, IN, Lane, Numbers, OUT},
     },
 };
@@ -71,7 +71,7 @@ pub fn cases() -> Vec<Case> {
                 )));
             }
             // The stream sees an error, and its next connect is refused: it does not hang.
-            eventually(scale::patience(2), || {
+            eventually(2, || {
                 for ((lane, old), (_, new)) in before.iter().zip(fire.changing.report()?) {
                     if lane.label == IN && lane.transport == Transport::Stream {
                         claim(ended(&new) > ended(old), || {
@@ -196,7 +196,7 @@ pub fn cases() -> Vec<Case> {
                 format!("none was killed: {held}")
             })?;
             let procs = fire.fx.cgroup("changing")?.path().join("cgroup.procs");
-            eventually(scale::patience(3), || {
+            eventually(3, || {
                 let left = fs::read_to_string(&procs)?;
                 claim(left.is_empty(), || format!("still there: {left}"))
             })?;
@@ -211,7 +211,7 @@ pub fn cases() -> Vec<Case> {
             let mut fire = Fire::start(ctx, &Settings::default())?;
             let events = fire.fx.cgroup("changing")?.path().join("cgroup.events");
             let frozen = |wanted: &str| -> Result<()> {
-                eventually(scale::patience(3), || {
+                eventually(3, || {
                     let said = fs::read_to_string(&events)?;
                     claim(said.contains(wanted), || said.clone())
                 })

@@ -246,7 +246,7 @@ impl Generator {
         fits: impl Fn(&Lane, &Tally, &Tally) -> bool,
     ) -> Result<()> {
         let before = self.report()?;
-        eventually(scale::patience(5), || {
+        eventually(5, || {
             let now = self.report()?;
             for ((lane, old), (_, new)) in before.iter().zip(&now) {
                 claim(lane.label != label || fits(lane, old, new), || {
