@@ -19,6 +19,7 @@ use nix::{
 use super::{
     Agent, Ctx, Status,
     remit::{self, Output},
+    scale,
 };
 
 /// Settings that cases change.
@@ -207,7 +208,7 @@ impl Daemon {
             bail!("no daemon was started");
         };
         let err = self.place.at("daemon.err");
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(scale::patience(30));
         let mut buffer = [0; 4096];
         while Instant::now() < until {
             if let Ok(length) = ready.recv(&mut buffer) {
@@ -224,7 +225,7 @@ impl Daemon {
                 );
             }
         }
-        bail!("the daemon is not ready after 30 s: {}", tail(&err))
+        bail!("the daemon does not become ready: {}", tail(&err))
     }
 
     /// Its place.
@@ -258,7 +259,7 @@ impl Daemon {
             bail!("no daemon runs");
         };
         kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(scale::patience(10));
         while Instant::now() < until {
             if let Some(status) = child.try_wait()? {
                 return Ok(remit::code(status));

@@ -8,6 +8,11 @@ pub fn full() -> bool {
     std::env::var_os("REMIT_TEST_FULL").is_some_and(|value| value == "1")
 }
 
+/// Whether this is a VM of the suite, whose processors may be emulated.
+pub fn emulated() -> bool {
+    std::env::var_os("REMIT_TEST_VM").is_some()
+}
+
 /// `whole` or a twentieth of it, but five at least.
 pub fn of(whole: usize) -> usize {
     if full() {
@@ -15,6 +20,11 @@ pub fn of(whole: usize) -> usize {
     } else {
         (whole / 20).max(5).min(whole)
     }
+}
+
+/// So many seconds of patience; more on emulated processors.
+pub fn patience(secs: u64) -> u64 {
+    if emulated() { secs * 4 } else { secs }
 }
 
 /// How long a case may take.

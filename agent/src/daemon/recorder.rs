@@ -4,9 +4,10 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Event, Fold, NO_ENTRY, UNREGISTERED};
+use agent_ebpf::abi::{Event, Fold, NO_ENTRY, RING_BYTES, UNREGISTERED};
 use tracing::warn;
 
 use super::time::Offset;
@@ -27,6 +28,14 @@ const POLICIES: usize = 4096;
 const DENIALS: usize = 16;
 /// Cgroup paths remembered, so that a burst of records costs one look-up.
 const PATHS: usize = 4096;
+
+/// How long a turn writes lines: whoever gives an order waits for it.
+const TURN: Duration = Duration::from_millis(20);
+/// Records taken from the ring at a time.
+const CHUNK: usize = 64;
+/// Lines that each agent may have in a turn that is over its time, so that a flood of others costs
+/// nobody its first ones.
+const FIRST: u32 = 8;
 
 /// An agent as it was under one policy.
 #[derive(Clone)]
@@ -136,22 +145,54 @@ impl Recorder {
         self.paths.clear();
     }
 
-    /// Takes in what the ring has; returns how many records there were.
-    pub fn drain(&mut self, enforcer: &mut Enforcer) -> usize {
-        const AT_ONCE: usize = 1024;
-        let events = enforcer.drain(AT_ONCE);
-        let now = crate::kernel::boot_nanos();
-        for event in &events {
-            if let Some(count) = self.ledger.record(now, event) {
-                self.write_event(now, event, count);
+    /// Takes in what the ring has, for a turn at most; what is left stays there.
+    pub fn drain(&mut self, enforcer: &mut Enforcer) {
+        let turn = Instant::now();
+        loop {
+            let events = enforcer.drain(CHUNK);
+            let now = crate::kernel::boot_nanos();
+            for event in &events {
+                if let Some(count) = self.ledger.record(now, event) {
+                    self.write_event(now, event, count);
+                }
+            }
+            if events.len() < CHUNK || turn.elapsed() >= TURN {
+                return;
             }
         }
-        events.len()
     }
 
-    /// Once a second, after the ring was drained: what folds and losses still owe.
+    /// Takes in all that the ring has. Agents can fill it faster than lines can be written, and
+    /// nobody else is served meanwhile: after a turn records are booked and not written, but for
+    /// the first of each agent. What is booked so is owed, and told in one line for each kind.
+    fn empty(&mut self, enforcer: &mut Enforcer) {
+        let turn = Instant::now();
+        let mut lines: HashMap<u32, u32> = HashMap::new();
+        // What is in the ring now is in it once at most.
+        for _ in 0..RING_BYTES as usize / size_of::<Event>() / CHUNK {
+            let events = enforcer.drain(CHUNK);
+            let now = crate::kernel::boot_nanos();
+            for event in &events {
+                let Some(count) = self.ledger.record(now, event) else {
+                    continue;
+                };
+                let of_agent = lines.entry(event.agent).or_default();
+                if *of_agent < FIRST || turn.elapsed() < TURN {
+                    *of_agent += 1;
+                    self.write_event(now, event, count);
+                } else {
+                    self.ledger.skipped(event, count);
+                }
+            }
+            if events.len() < CHUNK {
+                return;
+            }
+        }
+    }
+
+    /// Once a second: what the ring has, then what folds and losses still owe.
     pub fn settle(&mut self, enforcer: &mut Enforcer) {
-        while self.drain(enforcer) > 0 {}
+        self.empty(enforcer);
         let now = crate::kernel::boot_nanos();
         let folds: Vec<(u32, Fold)> = enforcer
             .folds()
