@@ -13,12 +13,22 @@ pub fn emulated() -> bool {
     std::env::var_os("REMIT_TEST_VM").is_some()
 }
 
-/// `whole` or a twentieth of it, but five at least.
+/// `whole` or a twentieth of it, but five at least; on emulated processors, where a start of the
+/// daemon takes seconds, a hundredth, but three at least.
 pub fn of(whole: usize) -> usize {
-    if full() {
-        whole
+    match (full(), emulated()) {
+        (true, _) => whole,
+        (false, false) => (whole / 20).max(5).min(whole),
+        (false, true) => (whole / 100).max(3).min(whole),
+    }
+}
+
+/// `count`, or a third of it on emulated processors.
+pub fn third_of(count: usize) -> usize {
+    if emulated() && !full() {
+        count.div_ceil(3)
     } else {
-        (whole / 20).max(5).min(whole)
+        count
     }
 }
 

@@ -432,10 +432,8 @@ impl Tables {
             content,
             entries: Vec::new(),
         };
-        if let Err(error) = put("agents", &mut self.agents, index, word) {
-            // It may point there or not, so the new row is not given out again.
-            return Err(error);
-        }
+        // After an error it may point there or not, so the new row is not given out again.
+        put("agents", &mut self.agents, index, word)?;
         if let Some(mut old) = self.in_force.remove(&index) {
             installed.entries = std::mem::take(&mut old.entries);
             self.retired.push((Instant::now(), old));
