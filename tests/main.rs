@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 mod actor;
 mod bench;
+mod budget;
 mod bypass;
 mod daemon;
 mod harness;

@@ -184,24 +184,44 @@ pub fn destinations(shape: &Shape) -> impl Iterator<Item = (Ipv4Addr, u8)> {
     (0..shape.prefixes).map(|number| shape.destination(number))
 }
 
+/// The scope as set files, none so long that the daemon refuses to read it.
+fn set_files(shape: &Shape, ports: &str) -> Vec<(String, String)> {
+    const ENTRIES: usize = 20_000;
+    let all: Vec<_> = destinations(shape).collect();
+    let texts = all.chunks(ENTRIES).enumerate().map(|(number, part)| {
+        let name = format!("net{number}");
+        let mut text = format!("schema = 1\n[set]\nname = \"{name}\"\n");
+        for (addr, length) in part {
+            // A String takes all that is written to it.
+            let _ = write!(text, "[[allow]]\nto = \"{addr}");
+            if *length < 32 {
+                let _ = write!(text, "/{length}");
+            }
+            let _ = write!(text, "\"\nports = [{ports}]\n");
+        }
+        (name, text)
+    });
+    texts.collect()
+}
+
 /// The daemon on a registry of this shape.
 fn remit(spec: &LaneSpec, ctx: &Ctx, root: &Cgroup, path: &str) -> Result<Fence> {
-    let place = Place::lay_at(
-        folder(ctx, &spec.name)?,
-        path.to_owned(),
-        &Settings::default(),
-    )?;
+    // Every entry has a rule set of its own here, for each is told apart in the log; by itself the
+    // daemon makes room for 65,536.
+    let sets = 2 * (spec.shape.prefixes + spec.shape.agents) + 4096;
+    let settings = Settings {
+        more: format!("[limits]\nrule_sets = {sets}\n"),
+        ..Settings::default()
+    };
+    let place = Place::lay_in(&folder(ctx, &spec.name)?, path, &settings)?;
+    let mut agent = Agent::new("agent");
     let ports = format!(r#""{}-{}", "{}/udp""#, TCP.0, TCP.1, UDP.0);
-    let mut scope = String::new();
-    for (addr, length) in destinations(&spec.shape) {
-        // A String takes all that is written to it.
-        let _ = write!(scope, "[[scope.allow]]\nto = \"{addr}");
-        if length < 32 {
-            let _ = write!(scope, "/{length}");
-        }
-        let _ = write!(scope, "\"\nports = [{ports}]\n");
+    for (name, text) in set_files(&spec.shape, &ports) {
+        let path = place.at("sets.d").join(format!("{name}.toml"));
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        agent = agent.allow(&format!("@{name}"), &ports);
     }
-    place.write(&Agent::new("agent").entry(&scope))?;
+    place.write(&agent)?;
     let mut idle = Vec::new();
     for number in 1..spec.shape.agents {
         let id = format!("idle{number}");

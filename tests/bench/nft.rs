@@ -71,9 +71,9 @@ pub fn load(file: &Path, path: &str, shape: &Shape, tracked: bool, net: &Net) ->
     Ok(())
 }
 
+/// The set can hold networks, as a scope can; one of bare addresses would be a hash, and quicker.
 fn rules(path: &str, shape: &Shape, tracked: bool) -> String {
     let level = path.split('/').count();
-    let flags = if shape.hosts { "" } else { "flags interval;" };
     let mut elements = String::new();
     for (addr, length) in destinations(shape) {
         // A String takes all that is written to it.
@@ -90,7 +90,7 @@ fn rules(path: &str, shape: &Shape, tracked: bool) -> String {
     };
     format!(
         "table inet bench {{\n\
-         set allowed {{ type ipv4_addr; {flags} elements = {{ {} }} }}\n\
+         set allowed {{ type ipv4_addr; flags interval; elements = {{ {} }} }}\n\
          chain agent {{\n\
          {established}\n\
          tcp dport {}-{} ip daddr @allowed accept\n\

@@ -1,0 +1,180 @@
+//! `cargo xtask bench`: Remit beside no fence at all, beside empty programs, and beside other ways
+//! to do the same, in one run. What it measures and how is in docs/performance.md; the processes
+//! that are timed are in tests/bench.
+
+mod docs;
+mod growth;
+mod matrix;
+mod measure;
+mod plot;
+mod stats;
+mod table;
+mod targets;
+
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+use nix::unistd::geteuid;
+use serde::Serialize;
+
+use self::{
+    measure::{Bench, Effort},
+    stats::Ratio,
+};
+use crate::{apt, build, talk, workspace::Workspace};
+
+/// An A/A ratio farther from 1 than this voids what was measured beside it.
+const VOID: f64 = 0.01;
+/// A measurement that is void is made anew so often.
+const ATTEMPTS: u32 = 3;
+
+/// What `cargo xtask bench` takes.
+#[derive(Args, Clone)]
+pub struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// Few and short slices, to see that everything works; says nothing about speed
+    #[arg(long, global = true)]
+    quick: bool,
+    /// Write the rows here, as a JSON array
+    #[arg(long, value_name = "FILE", global = true)]
+    json: Option<PathBuf>,
+    /// Measure only this workload; may be given more than once
+    #[arg(long, value_name = "NAME", global = true)]
+    workload: Vec<String>,
+    /// Leave docs/ as it is (it is written only by a full run that is not void)
+    #[arg(long, global = true)]
+    no_docs: bool,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum What {
+    /// How cost grows with agents, prefixes and nesting
+    Growth,
+}
+
+/// One result.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// What was done.
+    pub workload: &'static str,
+    /// Around what.
+    pub design: &'static str,
+    /// Destinations in the scope.
+    pub size: u32,
+    /// Median over the cycles of its cost by that of the base.
+    pub ratio: f64,
+    /// Lower end of the 95 % interval.
+    pub lo: f64,
+    /// Upper end.
+    pub hi: f64,
+}
+
+/// Runs the benchmark.
+pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
+    if !geteuid().is_root() {
+        bail!("the benchmark attaches programs to cgroups of its own: run it as root");
+    }
+    check_workloads(&options.workload)?;
+    build::static_programs(workspace)?;
+    let object = measure::object(workspace)?;
+    if let Err(error) = apt::ensure(
+        &workspace.shell,
+        "nft",
+        &["nftables"],
+        "to compare with nftables",
+    ) {
+        talk::note(&format!("nftables will not be measured: {error:#}"));
+    }
+    let effort = if options.quick {
+        Effort::QUICK
+    } else {
+        Effort::FULL
+    };
+    let bench = Bench {
+        workspace,
+        object,
+        effort,
+    };
+    let write_docs = !options.quick && !options.no_docs && options.workload.is_empty();
+    match options.what {
+        None => ratios(&bench, options, write_docs),
+        Some(What::Growth) => grow(&bench, options, write_docs),
+    }
+}
+
+fn check_workloads(names: &[String]) -> Result<()> {
+    for name in names {
+        if !matrix::WORKLOADS.contains(&name.as_str()) {
+            bail!(
+                "no workload `{name}`; there are: {}",
+                matrix::WORKLOADS.join(", ")
+            );
+        }
+    }
+    Ok(())
+}
+
+fn ratios(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
+    let measured = matrix::run(bench, &options.workload)?;
+    print!("{}", table::ratios(&measured));
+    print!("{}", targets::text(&measured));
+    if let Some(path) = &options.json {
+        json(path, &measured.rows())?;
+    }
+    let void = measured.void();
+    for what in &void {
+        println!("VOID: {what}");
+    }
+    if options.quick {
+        println!("--quick: the figures show that everything works, and nothing about speed");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !void.is_empty() {
+        return Ok(ExitCode::FAILURE);
+    }
+    if write_docs {
+        docs::ratios(bench.workspace, &measured)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn grow(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
+    let grown = growth::run(bench, &options.workload)?;
+    print!("{}", table::growth(&grown));
+    if let Some(path) = &options.json {
+        json(path, &grown.rows())?;
+    }
+    let void = grown.void();
+    for what in &void {
+        println!("VOID: {what}");
+    }
+    if options.quick || void.is_empty() {
+        if write_docs {
+            docs::growth(bench.workspace, &grown)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+/// One row a line, in one array.
+fn json<T: Serialize>(path: &PathBuf, rows: &[T]) -> Result<()> {
+    let mut lines = Vec::new();
+    for row in rows {
+        lines.push(serde_json::to_string(row)?);
+    }
+    let text = format!("[\n{}\n]\n", lines.join(",\n"));
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Why a pair of equals makes what stands beside it void; nothing if it does not.
+fn void_by(aa: &Ratio) -> Option<String> {
+    ((aa.median - 1.0).abs() > VOID).then(|| {
+        format!(
+            "A/A is {:.3} and should be 1: too much else is going on on this machine",
+            aa.median
+        )
+    })
+}
