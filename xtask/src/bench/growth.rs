@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     ATTEMPTS,
     measure::{Bench, Host, Lane, Ready, Run, Series, Shape},
+    rounded,
     stats::{Ratio, median, ratio},
     void_by,
 };
@@ -197,10 +198,10 @@ impl Curve {
             axis: self.axis,
             at,
             workload: self.workload,
-            ratio: middle,
-            lo,
-            hi,
-            more_ns: median(&more)?,
+            ratio: rounded(middle),
+            lo: rounded(lo),
+            hi: rounded(hi),
+            more_ns: median(&more)?.round(),
             ready_ms: ready.ready_ms,
         })
     }

@@ -5,6 +5,7 @@ use anyhow::{Context as _, Result};
 use super::{
     ATTEMPTS, Row,
     measure::{Bench, Heard, Host, Lane, Missing, Run, Series, Shape},
+    rounded,
     stats::{Ratio, median, ratio},
     void_by,
 };
@@ -316,11 +317,6 @@ impl Measured {
             })
             .collect()
     }
-}
-
-/// To the fourth digit: no run is better than that.
-fn rounded(number: f64) -> f64 {
-    (number * 10_000.0).round() / 10_000.0
 }
 
 #[cfg(test)]

@@ -119,25 +119,19 @@ fn check_workloads(names: &[String]) -> Result<()> {
 fn ratios(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
     let measured = matrix::run(bench, &options.workload)?;
     print!("{}", table::ratios(&measured));
-    print!("{}", targets::text(&measured));
+    if !options.quick {
+        print!("{}", targets::text(&measured));
+    }
     if let Some(path) = &options.json {
         json(path, &measured.rows())?;
     }
+    picture(bench.workspace, "ratios", &plot::ratios(&measured))?;
     let void = measured.void();
-    for what in &void {
-        println!("VOID: {what}");
-    }
-    if options.quick {
-        println!("--quick: the figures show that everything works, and nothing about speed");
-        return Ok(ExitCode::SUCCESS);
-    }
-    if !void.is_empty() {
-        return Ok(ExitCode::FAILURE);
-    }
-    if write_docs {
+    let code = close(&void, options.quick);
+    if write_docs && void.is_empty() {
         docs::ratios(bench.workspace, &measured)?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
 fn grow(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
@@ -146,17 +140,36 @@ fn grow(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCo
     if let Some(path) = &options.json {
         json(path, &grown.rows())?;
     }
+    picture(bench.workspace, "growth", &plot::growth(&grown))?;
     let void = grown.void();
-    for what in &void {
+    let code = close(&void, options.quick);
+    if write_docs && void.is_empty() {
+        docs::growth(bench.workspace, &grown)?;
+    }
+    Ok(code)
+}
+
+/// Says what is void. A quick run may be.
+fn close(void: &[String], quick: bool) -> ExitCode {
+    println!();
+    for what in void {
         println!("VOID: {what}");
     }
-    if options.quick || void.is_empty() {
-        if write_docs {
-            docs::growth(bench.workspace, &grown)?;
-        }
-        return Ok(ExitCode::SUCCESS);
+    if quick {
+        println!("--quick: this shows that everything works, and nothing about speed");
+    } else if !void.is_empty() {
+        println!("the run is void; docs/ is left as it is");
+        return ExitCode::FAILURE;
     }
-    Ok(ExitCode::FAILURE)
+    ExitCode::SUCCESS
+}
+
+/// The plot of this run, also of one that does not go into docs/.
+fn picture(workspace: &Workspace, name: &str, svg: &str) -> Result<()> {
+    let path = workspace.target.join("bench").join(format!("{name}.svg"));
+    fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+    talk::note(&format!("plotted in {}", path.display()));
+    Ok(())
 }
 
 /// One row a line, in one array.
@@ -167,6 +180,11 @@ fn json<T: Serialize>(path: &PathBuf, rows: &[T]) -> Result<()> {
     }
     let text = format!("[\n{}\n]\n", lines.join(",\n"));
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// To the fourth digit: no run is better than that.
+fn rounded(number: f64) -> f64 {
+    (number * 10_000.0).round() / 10_000.0
 }
 
 /// Why a pair of equals makes what stands beside it void; nothing if it does not.

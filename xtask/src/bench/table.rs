@@ -166,11 +166,8 @@ pub fn targets_markdown(measured: &Measured) -> String {
             || ("–".to_owned(), "–".to_owned()),
             |ratio| (format!("{:.3}", ratio.median), format!("{:.3}", ratio.hi)),
         );
-        let word = match one.met() {
-            Some(true) => "met",
-            Some(false) => "**missed**",
-            None => "not measured",
-        };
+        let strong = if one.met() == Some(false) { "**" } else { "" };
+        let word = format!("{strong}{}{strong}", one.word());
         let _ = writeln!(
             text,
             "| {} | {} | {} | {:.3} | {is} | {up_to} | {word} |",

@@ -62,6 +62,8 @@ pub struct Judged {
     pub limit: f64,
     /// None: the design is not here, or the measurement is void.
     pub found: Option<Ratio>,
+    /// The measurement is void.
+    pub void: bool,
 }
 
 /// All targets of what was measured.
@@ -70,16 +72,15 @@ pub fn judge(measured: &Measured) -> Vec<Judged> {
     for &(workload, to, size, limit) in TARGETS {
         for cell in &measured.cells {
             if cell.workload == workload && size.is_none_or(|size| size == cell.size) {
-                let found = match cell.void() {
-                    Some(_) => None,
-                    None => cell.remit_to(to),
-                };
+                let void = cell.void().is_some();
+                let found = if void { None } else { cell.remit_to(to) };
                 judged.push(Judged {
                     workload,
                     size: cell.size,
                     to,
                     limit,
                     found,
+                    void,
                 });
             }
         }
@@ -93,15 +94,14 @@ pub fn text(measured: &Measured) -> String {
     let met = judged.iter().filter(|one| one.met() == Some(true)).count();
     let known = judged.iter().filter(|one| one.found.is_some()).count();
     let mut text = format!(
-        "\ntargets: {met} of {known} met, {} not measured\n",
+        "\ntargets: {met} of {known} met, {} not told\n",
         judged.len() - known
     );
     for one in &judged {
-        let word = match one.met() {
-            Some(true) => continue,
-            Some(false) => "missed",
-            None => "not measured",
-        };
+        if one.met() == Some(true) {
+            continue;
+        }
+        let word = one.word();
         // A String takes all that is written to it.
         let _ = write!(
             text,
@@ -117,6 +117,16 @@ pub fn text(measured: &Measured) -> String {
 }
 
 impl Judged {
+    /// What came of it.
+    pub fn word(&self) -> &'static str {
+        match self.met() {
+            Some(true) => "met",
+            Some(false) => "missed",
+            None if self.void => "void",
+            None => "not measured",
+        }
+    }
+
     /// Whether it is met; none if that can't be told.
     pub fn met(&self) -> Option<bool> {
         self.found.map(|ratio| ratio.hi <= self.limit)
