@@ -1,10 +1,12 @@
 //! The designs: what each puts around a lane's cgroup, for the same policy.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs::{self, File},
     net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
+    time::Duration,
 };
 
 use agent_ebpf::abi::{Addr, SPACE_BITS, ScopeKey};
@@ -20,12 +22,16 @@ use crate::support::{
     Agent, Cgroup, Ctx, Daemon, claim,
     daemon::{Place, Settings},
     eventually,
+    programs::held_by,
 };
 
 /// Ports that every policy allows: TCP from the echo server's to the listener's, UDP to the sink.
 pub const TCP: (u16, u16) = (7, 443);
 /// See [`TCP`].
 pub const UDP: (u16, u16) = (443, 443);
+
+/// A million destinations take a busy machine minutes.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 const FLOOR: &[&str] = &[
     "floor_connect4",
@@ -58,9 +64,9 @@ pub enum Fence {
     /// Nothing.
     None,
     /// Programs of the comparators' object; their links end with it.
-    Programs { _links: Ebpf },
+    Programs(Ebpf),
     /// The daemon, and cgroups of the agents that do nothing.
-    Remit { _daemon: Daemon, _idle: Vec<Cgroup> },
+    Remit { daemon: Daemon, _idle: Vec<Cgroup> },
     /// Rules in the lane's namespace; they end with it.
     Nft,
 }
@@ -68,10 +74,6 @@ pub enum Fence {
 // === impl Fence ===
 
 impl Fence {
-    fn programs(links: Ebpf) -> Self {
-        Self::Programs { _links: links }
-    }
-
     /// Puts one up around `root`, whose path below the mount is `path`.
     pub fn put_up(
         spec: &LaneSpec,
@@ -84,17 +86,17 @@ impl Fence {
         let shape = &spec.shape;
         match spec.design {
             Design::Nothing => Ok(Self::None),
-            Design::Floor => attach(object, root, FLOOR, shape).map(Self::programs),
-            Design::Refuse => attach(object, root, REFUSE, shape).map(Self::programs),
+            Design::Floor => attach(object, root, FLOOR, shape).map(Self::Programs),
+            Design::Refuse => attach(object, root, REFUSE, shape).map(Self::Programs),
             Design::PerPacket => {
                 let mut ebpf = attach(object, root, PER_PACKET, shape)?;
                 fill_per_packet(&mut ebpf, root, shape)?;
-                Ok(Self::programs(ebpf))
+                Ok(Self::Programs(ebpf))
             }
             Design::Systemd => {
                 let mut ebpf = attach(object, root, SYSTEMD, shape)?;
                 fill_systemd(&mut ebpf, shape)?;
-                Ok(Self::programs(ebpf))
+                Ok(Self::Programs(ebpf))
             }
             Design::Remit => remit(spec, ctx, root, path),
             Design::Nft | Design::NftCt => {
@@ -102,6 +104,22 @@ impl Fence {
                 let file = folder(ctx, &spec.name)?.join("rules.nft");
                 nft::load(&file, path, shape, tracked, net).map(|()| Self::Nft)
             }
+        }
+    }
+}
+
+impl Fence {
+    /// Ids of its programs.
+    pub fn programs(&self) -> Result<BTreeSet<u32>> {
+        match self {
+            Self::None | Self::Nft => Ok(BTreeSet::new()),
+            Self::Remit { daemon, .. } => held_by(daemon.pid()?),
+            Self::Programs(ebpf) => ebpf
+                .programs()
+                // Those of other designs are in the object, but not loaded.
+                .filter(|(_, program)| program.fd().is_ok())
+                .map(|(_, program)| Ok(program.info()?.id()))
+                .collect(),
         }
     }
 }
@@ -228,7 +246,7 @@ fn remit(spec: &LaneSpec, ctx: &Ctx, root: &Cgroup, path: &str) -> Result<Fence>
         place.write(&Agent::new(&id).allow("198.51.100.0/24", "443"))?;
         idle.push(root.child(&format!("{id}.service"))?);
     }
-    let daemon = Daemon::start(&place)?;
+    let daemon = Daemon::start_within(&place, PATIENCE)?;
     let service = fs::metadata(root.path().join("agent.service"))?.ino();
     eventually(10, || {
         let known = daemon.place().status()?.cgroups("agent")?;
@@ -237,7 +255,7 @@ fn remit(spec: &LaneSpec, ctx: &Ctx, root: &Cgroup, path: &str) -> Result<Fence>
         })
     })?;
     Ok(Fence::Remit {
-        _daemon: daemon,
+        daemon,
         _idle: idle,
     })
 }

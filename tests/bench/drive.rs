@@ -11,17 +11,14 @@ use super::{
     say,
     worker::{Done, Order},
 };
+use crate::support::programs::infos;
 
 /// Slices of each worker before the first that counts.
 const WARM_UP: u32 = 2;
 
 /// Measures one workload.
-pub fn run(spec: &Spec, run: &Run, lanes: &mut [Lane], cpu: usize) -> Result<()> {
-    let chosen: Vec<&Lane> = run
-        .lanes
-        .iter()
-        .filter_map(|name| lanes.iter().find(|lane| lane.name == *name))
-        .collect();
+pub fn run(spec: &Spec, run: &Run, lanes: &[Lane], cpu: usize) -> Result<()> {
+    let chosen = chosen(run, lanes);
     let names: Vec<&str> = chosen.iter().map(|lane| lane.name.as_str()).collect();
     say(&json!({ "run": run.workload, "lanes": names, "unit": unit(run.workload) }));
     for round in 0..spec.rounds {
@@ -46,6 +43,45 @@ pub fn run(spec: &Spec, run: &Run, lanes: &mut [Lane], cpu: usize) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// Lets each lane work for a while, and says how often its programs ran and how long that took by
+/// the kernel's own count (which adds some 70 ns to each run, and is not in what it counts).
+pub fn statistics(spec: &Spec, run: &Run, lanes: &[Lane], cpu: usize) -> Result<()> {
+    for lane in chosen(run, lanes) {
+        let ids = lane.fence.programs()?;
+        let mut worker = ready(lane, run.workload, cpu, spec.slice_us)?;
+        let before = infos(&ids);
+        for _ in 0..spec.cycles {
+            slice(lane, &mut worker, spec.slice_us)?;
+        }
+        for after in infos(&ids) {
+            let Some(before) = before.iter().find(|info| info.id() == after.id()) else {
+                continue;
+            };
+            let runs = after.run_count() - before.run_count();
+            if runs == 0 {
+                continue;
+            }
+            let time = after.run_time() - before.run_time();
+            say(&json!({
+                "program": after.name_as_str().unwrap_or_default(),
+                "lane": lane.name,
+                "workload": run.workload,
+                "runs": runs,
+                "ns": time.as_nanos() as f64 / runs as f64,
+            }));
+        }
+    }
+    Ok(())
+}
+
+/// Lanes of a run that are here, in its order.
+fn chosen<'l>(run: &Run, lanes: &'l [Lane]) -> Vec<&'l Lane> {
+    let names = run.lanes.iter();
+    names
+        .filter_map(|name| lanes.iter().find(|lane| lane.name == *name))
+        .collect()
 }
 
 /// A worker that has proved its fence, and has its sockets and caches warm.

@@ -31,8 +31,8 @@ pub struct Lane {
     pub shape: Shape,
     /// Its network.
     pub net: Net,
-    // Dropped in this order: the fence before the cgroup it is on.
-    _fence: Fence,
+    /// What is around it. Dropped before the cgroup that it is on.
+    pub fence: Fence,
     work: PathBuf,
     _root: Cgroup,
 }
@@ -64,7 +64,7 @@ impl Lane {
             design: spec.design,
             shape: spec.shape,
             net,
-            _fence: fence,
+            fence,
             work,
             _root: root,
         })

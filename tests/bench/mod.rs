@@ -47,6 +47,8 @@ pub struct Spec {
     pub lanes: Vec<LaneSpec>,
     /// What is measured, one after the other.
     pub runs: Vec<Run>,
+    /// What is measured after that, with the kernel's own statistics on.
+    pub statistics: Vec<Run>,
     /// Rounds of each run, every one with processes of its own.
     pub rounds: u32,
     /// Cycles of each round: every lane once, in random order.
@@ -235,8 +237,16 @@ pub fn run(spec: &str, unique: &str) -> Result<ExitCode> {
         say(&json!({ "lane": lane.name, "ready_ms": ms }));
     }
     for run in &spec.runs {
-        drive::run(&spec, run, &mut lanes, client)
+        drive::run(&spec, run, &lanes, client)
             .with_context(|| format!("workload {:?}", run.workload))?;
+    }
+    if !spec.statistics.is_empty() {
+        // For the whole machine while the descriptor is open; never beside what is timed.
+        let _enabled = aya::sys::enable_stats(aya::sys::Stats::RunTime)
+            .context("the kernel does not count its programs' time")?;
+        for run in &spec.statistics {
+            drive::statistics(&spec, run, &lanes, client)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,19 +2,19 @@
 //! each program, and how often a reload writes to the kernel's maps. The limits are data, in
 //! tests/budget.toml; a case that passes says what it found.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    thread::sleep,
-    time::Duration,
-};
+use std::{collections::BTreeMap, thread::sleep, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
 use crate::{
     harness::{Case, Outcome},
-    support::{Agent, Cgroup, Ctx, Daemon, daemon::Place, daemon::Settings, expect},
+    support::{
+        Agent, Cgroup, Ctx, Daemon,
+        daemon::{Place, Settings},
+        expect,
+        programs::{held_by, infos},
+    },
 };
 
 mod tally;
@@ -209,22 +209,8 @@ impl std::ops::Deref for Guarded {
 
 /// The programs that a process holds, by name, with the instructions that the verifier followed.
 fn programs(pid: u32) -> Result<BTreeMap<String, u32>> {
-    let mut ids = BTreeSet::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // A descriptor may be closed meanwhile.
-        let text = fs::read_to_string(entry?.path()).unwrap_or_default();
-        let id = text.lines().find_map(|line| line.strip_prefix("prog_id:"));
-        if let Some(id) = id {
-            ids.insert(id.trim().parse::<u32>()?);
-        }
-    }
     let mut found = BTreeMap::new();
-    for info in aya::programs::loaded_programs() {
-        // Others' programs come and go.
-        let Ok(info) = info else { continue };
-        if !ids.contains(&info.id()) {
-            continue;
-        }
+    for info in infos(&held_by(pid)?) {
         let name = info.name_as_str().context("a program without a name")?;
         let count = info
             .verified_instruction_count()

@@ -141,6 +141,11 @@ impl Place {
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start(place: &Place) -> Result<Self> {
+        Self::start_within(place, Duration::from_secs(30))
+    }
+
+    /// The same, for a registry that takes longer.
+    pub fn start_within(place: &Place, patience: Duration) -> Result<Self> {
         let mut daemon = Self {
             place: place.clone(),
             child: None,
@@ -224,7 +229,11 @@ impl Daemon {
                 );
             }
         }
-        bail!("the daemon is not ready after 30 s: {}", tail(&err))
+        bail!(
+            "the daemon is not ready after {} s: {}",
+            self.patience.as_secs(),
+            tail(&err)
+        )
     }
 
     /// Its place.

@@ -30,6 +30,8 @@ pub fn ratios(workspace: &Workspace, measured: &Measured) -> Result<()> {
     }
     text.push_str("\n### Targets\n\n");
     text.push_str(&table::targets_markdown(measured));
+    text.push_str("\n### Programs\n\nNanoseconds a run, by the kernel's own statistics.\n\n");
+    text.push_str(&table::programs_markdown(measured));
     put(workspace, RATIOS, &plot::ratios(measured))?;
     replace(workspace, "ratios", &text)
 }

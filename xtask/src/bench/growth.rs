@@ -155,7 +155,7 @@ fn measure(
             lanes: lanes.iter().map(|lane| lane.name.clone()).collect(),
         })
         .collect();
-    let heard = bench.measure(axis.name, &lanes, &runs)?;
+    let heard = bench.measure(axis.name, &lanes, &runs, &[])?;
     *host = heard.host;
     let curves = heard.series.into_iter().map(|series| {
         let workload = WORKLOADS

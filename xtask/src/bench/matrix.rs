@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use super::{
     ATTEMPTS, Row,
-    measure::{Bench, Heard, Host, Lane, Missing, Run, Series, Shape},
+    measure::{Bench, Heard, Host, Lane, Missing, Program, Run, Series, Shape},
     rounded,
     stats::{Ratio, median, ratio},
     void_by,
@@ -50,6 +50,18 @@ const LANES: [(&str, &str); 11] = [
     ("refuse", "refuse"),
     ("refuse_aa", "refuse"),
     ("refuse_floor", "refuse"),
+];
+
+/// Workloads whose programs' own time is asked for.
+const COUNTED: [&str; 4] = ["connect", "udp_send", "cold_set", "deny"];
+/// Lanes without programs.
+const UNCOUNTED: [&str; 6] = [
+    "nothing",
+    "aa",
+    "nft",
+    "nft_ct",
+    "refuse_aa",
+    "refuse_floor",
 ];
 
 /// A policy, and what is measured with it.
@@ -111,6 +123,8 @@ pub struct Measured {
     pub missing: Vec<Missing>,
     /// In the order of [`WORKLOADS`], small before large.
     pub cells: Vec<Cell>,
+    /// Programs' own times, with the destinations in the scope.
+    pub programs: Vec<(u32, Program)>,
 }
 
 /// Measures all, or the workloads named.
@@ -181,7 +195,19 @@ fn measure(bench: &Bench<'_>, scene: &Scene, workloads: &[&'static str]) -> Resu
         scene.size,
         if scene.hosts { "addresses" } else { "networks" }
     );
-    bench.measure(&what, &lanes, &runs)
+    let statistics: Vec<Run> = runs
+        .iter()
+        .filter(|run| COUNTED.contains(&run.workload))
+        .map(|run| {
+            let lanes = run.lanes.iter();
+            let programs = lanes.filter(|lane| !UNCOUNTED.contains(&lane.as_str()));
+            Run {
+                workload: run.workload,
+                lanes: programs.cloned().collect(),
+            }
+        })
+        .collect();
+    bench.measure(&what, &lanes, &runs, &statistics)
 }
 
 /// Lanes of a workload with the designs that they stand for. A refusal is compared with the
@@ -268,6 +294,17 @@ impl Measured {
                 self.missing.push(missing);
             }
         }
+        // Measured anew: what is void now may have been so then.
+        self.programs.retain(|(known, old)| {
+            *known != size
+                || !heard
+                    .programs
+                    .iter()
+                    .any(|new| new.workload == old.workload)
+        });
+        let programs = heard.programs.into_iter();
+        self.programs
+            .extend(programs.map(|program| (size, program)));
         for series in heard.series {
             let workload = WORKLOADS
                 .into_iter()

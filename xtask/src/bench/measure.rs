@@ -109,6 +109,21 @@ pub struct Ready {
     pub ready_ms: u64,
 }
 
+/// A program's own time, by the kernel's statistics.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Program {
+    /// Its name.
+    pub program: String,
+    /// Whose it is.
+    pub lane: String,
+    /// What was done meanwhile.
+    pub workload: String,
+    /// How often it ran.
+    pub runs: u64,
+    /// Mean of a run in nanoseconds.
+    pub ns: f64,
+}
+
 /// Costs of one run.
 #[derive(Clone, Debug)]
 pub struct Series {
@@ -133,6 +148,8 @@ pub struct Heard {
     pub ready: Vec<Ready>,
     /// Per run, in their order.
     pub series: Vec<Series>,
+    /// Programs that ran while the kernel counted.
+    pub programs: Vec<Program>,
 }
 
 /// Builds the comparators' object. The daemon's own build knows nothing of it.
@@ -197,13 +214,20 @@ impl Effort {
 // === impl Bench ===
 
 impl Bench<'_> {
-    /// Measures `runs` on `lanes`.
-    pub fn measure(&self, what: &str, lanes: &[Lane], runs: &[Run]) -> Result<Heard> {
+    /// Measures `runs` on `lanes`, and after that `statistics` with the kernel's own.
+    pub fn measure(
+        &self,
+        what: &str,
+        lanes: &[Lane],
+        runs: &[Run],
+        statistics: &[Run],
+    ) -> Result<Heard> {
         #[derive(Serialize)]
         struct Spec<'s> {
             object: &'s PathBuf,
             lanes: &'s [Lane],
             runs: &'s [Run],
+            statistics: &'s [Run],
             rounds: u32,
             cycles: u32,
             slice_us: u64,
@@ -212,6 +236,7 @@ impl Bench<'_> {
             object: &self.object,
             lanes,
             runs,
+            statistics,
             rounds: self.effort.rounds,
             cycles: self.effort.cycles,
             slice_us: self.effort.slice_us,
@@ -278,6 +303,8 @@ impl Heard {
             self.missing.push(serde_json::from_value(value)?);
         } else if value.get("ready_ms").is_some() {
             self.ready.push(serde_json::from_value(value)?);
+        } else if value.get("program").is_some() {
+            self.programs.push(serde_json::from_value(value)?);
         } else if value.get("run").is_some() {
             let head: Head = serde_json::from_value(value)?;
             self.series.push(Series {

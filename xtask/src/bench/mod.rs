@@ -119,6 +119,7 @@ fn check_workloads(names: &[String]) -> Result<()> {
 fn ratios(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
     let measured = matrix::run(bench, &options.workload)?;
     print!("{}", table::ratios(&measured));
+    print!("{}", table::programs(&measured));
     if !options.quick {
         print!("{}", targets::text(&measured));
     }

@@ -110,6 +110,7 @@ impl Scale {
 
 /// As few digits as tell ticks apart.
 fn label(value: f64) -> String {
+    let value = if value.abs() < 0.0005 { 0.0 } else { value };
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
@@ -406,5 +407,6 @@ mod tests {
         assert_eq!(label(1.0), "1");
         assert_eq!(label(1.05), "1.05");
         assert_eq!(label(20.0), "20");
+        assert_eq!(label(-0.0), "0");
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{
     growth::{Grown, Point},
     matrix::{Cell, DESIGNS, Measured},
-    measure::Host,
+    measure::{Host, Program},
     stats::Ratio,
     targets,
 };
@@ -21,6 +21,7 @@ pub fn title(design: &str) -> &'static str {
         "nft" => "nftables",
         "nft_ct" => "nftables, conntrack",
         "nothing" => "no fence",
+        "refuse" => "empty programs that refuse",
         _ => "?",
     }
 }
@@ -34,7 +35,7 @@ pub fn work(workload: &str) -> &'static str {
         "live_set" => "UDP, 32 live destinations",
         "cold_set" => "UDP, 65,536 live destinations",
         "request_response" => "TCP request and response",
-        "deny" => "refused connect",
+        "deny" => "Refused connect",
         "bulk" => "TCP bulk, 64 KiB",
         _ => "?",
     }
@@ -57,8 +58,10 @@ pub fn thousands(number: u32) -> String {
 pub fn time(ns: f64) -> String {
     if ns.abs() < 1_000.0 {
         format!("{ns:.0} ns")
-    } else {
+    } else if ns.abs() < 1_000_000.0 {
         format!("{:.2} µs", ns / 1_000.0)
+    } else {
+        format!("{:.2} ms", ns / 1_000_000.0)
     }
 }
 
@@ -82,6 +85,65 @@ pub fn ratios(measured: &Measured) -> String {
                 ),
             };
         }
+    }
+    text
+}
+
+/// Programs' own times.
+pub fn programs(measured: &Measured) -> String {
+    let mut text = String::from("\nns a run of each program, by the kernel's statistics\n");
+    for (size, program) in &measured.programs {
+        let Program {
+            program,
+            lane,
+            workload,
+            runs,
+            ns,
+        } = program;
+        let _ = writeln!(
+            text,
+            "  {workload:<10}{:>8}  {lane:<11} {program:<15}{ns:>7.0}  ({runs} runs)",
+            thousands(*size),
+        );
+    }
+    text
+}
+
+/// The same as a Markdown table: a line for each program, a column for each workload.
+pub fn programs_markdown(measured: &Measured) -> String {
+    let mut columns: Vec<(&str, u32)> = Vec::new();
+    let mut lines: Vec<(&str, &str)> = Vec::new();
+    for (size, program) in &measured.programs {
+        let column = (program.workload.as_str(), *size);
+        let line = (program.lane.as_str(), program.program.as_str());
+        if !columns.contains(&column) {
+            columns.push(column);
+        }
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    lines.sort_unstable();
+    let mut text = String::from("| program |");
+    for (workload, size) in &columns {
+        let _ = write!(text, " {}, {} |", work(workload), thousands(*size));
+    }
+    text.push_str("\n|---|");
+    text.push_str(&"---:|".repeat(columns.len()));
+    text.push('\n');
+    for line in lines {
+        let _ = write!(text, "| `{}` ({}) |", line.1, title(line.0));
+        for column in &columns {
+            let found = measured.programs.iter().find(|(size, program)| {
+                (program.workload.as_str(), *size) == *column
+                    && (program.lane.as_str(), program.program.as_str()) == line
+            });
+            let _ = match found {
+                Some((_, program)) => write!(text, " {:.0} |", program.ns),
+                None => write!(text, " – |"),
+            };
+        }
+        text.push('\n');
     }
     text
 }
