@@ -71,6 +71,21 @@ pub struct Row {
     pub hi: f64,
 }
 
+// === impl Options ===
+
+impl Options {
+    /// `--quick`.
+    pub fn quick() -> Self {
+        Self {
+            what: None,
+            quick: true,
+            json: None,
+            workload: Vec::new(),
+            no_docs: true,
+        }
+    }
+}
+
 /// Runs the benchmark.
 pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
     if !geteuid().is_root() {
