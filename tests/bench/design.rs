@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     net::Ipv4Addr,
     os::unix::fs::MetadataExt as _,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use agent_ebpf::abi::{Addr, SPACE_BITS, ScopeKey};
@@ -66,7 +66,11 @@ pub enum Fence {
     /// Programs of the comparators' object; their links end with it.
     Programs(Ebpf),
     /// The daemon, and cgroups of the agents that do nothing.
-    Remit { daemon: Daemon, _idle: Vec<Cgroup> },
+    Remit {
+        daemon: Daemon,
+        ready: Duration,
+        _idle: Vec<Cgroup>,
+    },
     /// Rules in the lane's namespace; they end with it.
     Nft,
 }
@@ -109,6 +113,20 @@ impl Fence {
 }
 
 impl Fence {
+    /// How long the daemon took until it was ready, and its memory in KiB.
+    pub fn daemon(&self) -> Result<Option<(Duration, u64)>> {
+        let Self::Remit { daemon, ready, .. } = self else {
+            return Ok(None);
+        };
+        let status = format!("/proc/{}/status", daemon.pid()?);
+        let text = fs::read_to_string(&status).with_context(|| format!("cannot read {status}"))?;
+        let resident = text
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))
+            .with_context(|| format!("{status} has no VmRSS"))?;
+        Ok(Some((*ready, resident.parse()?)))
+    }
+
     /// Ids of its programs.
     pub fn programs(&self) -> Result<BTreeSet<u32>> {
         match self {
@@ -246,7 +264,9 @@ fn remit(spec: &LaneSpec, ctx: &Ctx, root: &Cgroup, path: &str) -> Result<Fence>
         place.write(&Agent::new(&id).allow("198.51.100.0/24", "443"))?;
         idle.push(root.child(&format!("{id}.service"))?);
     }
+    let began = Instant::now();
     let daemon = Daemon::start_within(&place, PATIENCE)?;
+    let ready = began.elapsed();
     let service = fs::metadata(root.path().join("agent.service"))?.ino();
     eventually(10, || {
         let known = daemon.place().status()?.cgroups("agent")?;
@@ -256,6 +276,7 @@ fn remit(spec: &LaneSpec, ctx: &Ctx, root: &Cgroup, path: &str) -> Result<Fence>
     })?;
     Ok(Fence::Remit {
         daemon,
+        ready,
         _idle: idle,
     })
 }

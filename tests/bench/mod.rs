@@ -223,18 +223,20 @@ pub fn run(spec: &str, unique: &str) -> Result<ExitCode> {
     let _top = Cgroup::create(&top(&ctx))?;
     let mut lanes = Vec::new();
     for lane in &spec.lanes {
-        let began = std::time::Instant::now();
         match lane::Lane::set_up(lane, &ctx, &object) {
             Ok(lane) => lanes.push(lane),
             // Only what is no part of this project may be missing, and it is said.
             Err(error) if matches!(lane.design, Design::Nft | Design::NftCt) => {
                 say(&json!({ "missing": lane.name, "why": format!("{error:#}") }));
-                continue;
             }
             Err(error) => return Err(error.context(format!("lane {}", lane.name))),
         }
-        let ms = began.elapsed().as_millis() as u64;
-        say(&json!({ "lane": lane.name, "ready_ms": ms }));
+    }
+    for lane in &lanes {
+        if let Some((ready, resident)) = lane.fence.daemon()? {
+            let ready = ready.as_millis() as u64;
+            say(&json!({ "lane": lane.name, "ready_ms": ready, "resident_kib": resident }));
+        }
     }
     for run in &spec.runs {
         drive::run(&spec, run, &lanes, client)

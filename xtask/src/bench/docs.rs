@@ -41,6 +41,8 @@ pub fn growth(workspace: &Workspace, grown: &Grown) -> Result<()> {
     let mut text = origin(&grown.host, grown.cycles())?;
     text.push_str(&format!("\n![How cost grows]({})\n\n", name_of(GROWTH)));
     text.push_str(&table::growth_markdown(grown));
+    text.push('\n');
+    text.push_str(&table::bounds(grown, "**"));
     put(workspace, GROWTH, &plot::growth(grown))?;
     replace(workspace, "growth", &text)
 }

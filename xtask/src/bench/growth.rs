@@ -8,7 +8,7 @@ use super::{
     ATTEMPTS,
     measure::{Bench, Host, Lane, Ready, Run, Series, Shape},
     rounded,
-    stats::{Ratio, median, ratio},
+    stats::{Ratio, difference, ratio},
     void_by,
 };
 use crate::talk;
@@ -44,8 +44,8 @@ const AXES: [Axis; 3] = [
     },
     Axis {
         name: "nesting",
-        points: &[1, 2, 4, 8, 12],
-        quick: &[1, 4],
+        points: &[1, 2, 4, 6, 12],
+        quick: &[1, 6],
         at: |depth| Shape { depth, ..FIRST },
     },
 ];
@@ -69,6 +69,8 @@ pub struct Point {
     pub more_ns: f64,
     /// From the start of the daemon to its being ready, in milliseconds.
     pub ready_ms: u64,
+    /// Resident memory of the daemon, in MiB.
+    pub resident_mib: f64,
 }
 
 /// A curve under one workload.
@@ -177,6 +179,28 @@ fn lane(at: u32) -> String {
     format!("remit{at}")
 }
 
+/// What growth may cost at most, and what it does.
+pub struct Bound {
+    /// What is bounded, with its limit.
+    pub what: &'static str,
+    limit: f64,
+    found: Ratio,
+}
+
+// === impl Bound ===
+
+impl Bound {
+    /// Whether the upper end of the interval keeps to it.
+    pub fn met(&self) -> bool {
+        self.found.hi <= self.limit
+    }
+
+    /// What was found.
+    pub fn found(&self) -> String {
+        format!("{:.3} (up to {:.3})", self.found.median, self.found.hi)
+    }
+}
+
 // === impl Curve ===
 
 impl Curve {
@@ -192,7 +216,6 @@ impl Curve {
             lo,
             hi,
         } = ratio(&of, &to)?;
-        let more: Vec<f64> = of.iter().zip(&to).map(|(of, to)| of - to).collect();
         let ready = self.ready.iter().find(|ready| ready.lane == lane(at))?;
         Some(Point {
             axis: self.axis,
@@ -201,8 +224,9 @@ impl Curve {
             ratio: rounded(middle),
             lo: rounded(lo),
             hi: rounded(hi),
-            more_ns: median(&more)?.round(),
+            more_ns: difference(&of, &to)?.median.round(),
             ready_ms: ready.ready_ms,
+            resident_mib: (ready.resident_kib as f64 / 102.4).round() / 10.0,
         })
     }
 }
@@ -227,6 +251,32 @@ impl Grown {
                 Some(format!("{} over {}: {why}", curve.workload, curve.axis))
             })
             .collect()
+    }
+
+    /// Bounds of what was measured and is not void.
+    pub fn bounds(&self) -> Vec<Bound> {
+        let between = |axis: &str, from: u32, to: u32, how: fn(&[f64], &[f64]) -> Option<Ratio>| {
+            let curve = self.curves.iter().find(|curve| {
+                curve.axis == axis && curve.workload == "udp_send" && curve.void().is_none()
+            })?;
+            let costs = |at| curve.series.costs(&lane(at));
+            how(&costs(to)?, &costs(from)?)
+        };
+        let bound =
+            |what, limit, found: Option<Ratio>| found.map(|found| Bound { what, limit, found });
+        let bounds = [
+            bound(
+                "UDP sendto at a million prefixes by that at ten: at most 1.10",
+                1.10,
+                between("prefixes", 10, 1_000_000, ratio),
+            ),
+            bound(
+                "five levels of nesting more, ns a packet: at most 10",
+                10.0,
+                between("nesting", 1, 6, difference),
+            ),
+        ];
+        bounds.into_iter().flatten().collect()
     }
 
     /// Cycles behind each point.

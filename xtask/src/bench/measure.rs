@@ -100,13 +100,15 @@ pub struct Missing {
     pub why: String,
 }
 
-/// A lane that was set up.
+/// A lane's daemon that is ready.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Ready {
     /// Its name.
     pub lane: String,
-    /// How long that took.
+    /// From its start until it said so.
     pub ready_ms: u64,
+    /// Its resident memory.
+    pub resident_kib: u64,
 }
 
 /// A program's own time, by the kernel's statistics.
@@ -144,7 +146,7 @@ pub struct Heard {
     pub host: Host,
     /// Lanes that are not here.
     pub missing: Vec<Missing>,
-    /// Lanes that are.
+    /// Daemons.
     pub ready: Vec<Ready>,
     /// Per run, in their order.
     pub series: Vec<Series>,
@@ -330,7 +332,7 @@ impl Heard {
 
     fn progress(&self, what: &str, runs: &[Run], effort: &Effort) -> String {
         match self.series.last() {
-            None => format!("{what}: setting up, {} ready", self.ready.len()),
+            None => format!("{what}: setting up"),
             Some(series) => format!(
                 "{what}: {} ({} of {}), cycle {} of {}",
                 series.workload,
@@ -367,7 +369,7 @@ mod tests {
         let mut heard = Heard::default();
         for line in [
             r#"{"host":{"kernel":"6.1","arch":"x86_64","cpu":"X","cpus":2,"load":"0.1"}}"#,
-            r#"{"lane":"nothing","ready_ms":3}"#,
+            r#"{"lane":"remit","ready_ms":3,"resident_kib":9000}"#,
             r#"{"missing":"nft","why":"there is no `nft`"}"#,
             r#"{"run":"connect","lanes":["nothing","remit"],"unit":"CPU ns"}"#,
             r#"{"round":0,"cycle":0,"costs":[10.0,11.0]}"#,

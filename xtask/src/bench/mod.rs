@@ -153,6 +153,9 @@ fn ratios(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<Exit
 fn grow(bench: &Bench<'_>, options: &Options, write_docs: bool) -> Result<ExitCode> {
     let grown = growth::run(bench, &options.workload)?;
     print!("{}", table::growth(&grown));
+    if !options.quick {
+        print!("\n{}", table::bounds(&grown, ""));
+    }
     if let Some(path) = &options.json {
         json(path, &grown.rows())?;
     }

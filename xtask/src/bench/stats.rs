@@ -3,7 +3,7 @@
 /// Resamples of the bootstrap: enough for the third digit of a 95 % interval.
 const RESAMPLES: usize = 2_000;
 
-/// A ratio with its 95 % interval.
+/// A ratio (or a difference) with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ratio {
     /// Median over the cycles.
@@ -26,16 +26,26 @@ pub fn median(values: &[f64]) -> Option<f64> {
     Some((upper + sorted.get(middle - 1)?) / 2.0)
 }
 
-/// Ratio of the costs `of` to the costs `to`, which are of the same cycles in the same order. The
-/// same numbers give the same interval: the resampling starts from a fixed seed.
+/// Ratio of the costs `of` to the costs `to`, which are of the same cycles in the same order.
 pub fn ratio(of: &[f64], to: &[f64]) -> Option<Ratio> {
     let ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
-    let middle = median(&ratios)?;
+    interval(&ratios)
+}
+
+/// By how much the costs `of` are more than the costs `to`; see [`ratio`].
+pub fn difference(of: &[f64], to: &[f64]) -> Option<Ratio> {
+    let differences: Vec<f64> = of.iter().zip(to).map(|(of, to)| of - to).collect();
+    interval(&differences)
+}
+
+/// The same numbers give the same interval: the resampling starts from a fixed seed.
+fn interval(values: &[f64]) -> Option<Ratio> {
+    let middle = median(values)?;
     let mut random = fastrand::Rng::with_seed(1);
     let mut medians: Vec<f64> = (0..RESAMPLES)
         .filter_map(|_| {
-            let resampled: Vec<f64> = (0..ratios.len())
-                .filter_map(|_| ratios.get(random.usize(..ratios.len())).copied())
+            let resampled: Vec<f64> = (0..values.len())
+                .filter_map(|_| values.get(random.usize(..values.len())).copied())
                 .collect();
             median(&resampled)
         })

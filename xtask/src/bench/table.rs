@@ -254,11 +254,26 @@ pub fn growth(grown: &Grown) -> String {
         let Point { ratio, lo, hi, .. } = point;
         let _ = writeln!(
             text,
-            "  {:>10}{ratio:8.3}  {lo:7.3} to{hi:7.3}  {:>10} more; ready after {} ms",
+            "  {:>10}{ratio:8.3}  {lo:7.3} to{hi:7.3}  {:>10} more; ready after {} ms, {} MiB",
             thousands(point.at),
             time(point.more_ns),
             point.ready_ms,
+            point.resident_mib,
         );
+    }
+    text
+}
+
+/// What growth may cost, as lines; `strong` sets off what is missed.
+pub fn bounds(grown: &Grown, strong: &str) -> String {
+    let mut text = String::new();
+    for bound in grown.bounds() {
+        let word = if bound.met() {
+            "met".to_owned()
+        } else {
+            format!("{strong}missed{strong}")
+        };
+        let _ = writeln!(text, "- {}: is {}: {word}", bound.what, bound.found());
     }
     text
 }
@@ -266,19 +281,20 @@ pub fn growth(grown: &Grown) -> String {
 /// The curves as a Markdown table.
 pub fn growth_markdown(grown: &Grown) -> String {
     let mut text = String::from(
-        "| grows | to | workload | to no fence | more | ready after |\n\
-         |---|---:|---|---:|---:|---:|\n",
+        "| grows | to | workload | to no fence | more | daemon ready after | its memory |\n\
+         |---|---:|---|---:|---:|---:|---:|\n",
     );
     for point in grown.rows() {
         let Point { ratio, lo, hi, .. } = point;
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {ratio:.3} ({lo:.3}–{hi:.3}) | {} | {} ms |",
+            "| {} | {} | {} | {ratio:.3} ({lo:.3}–{hi:.3}) | {} | {} ms | {} MiB |",
             point.axis,
             thousands(point.at),
             work(point.workload),
             time(point.more_ns),
             point.ready_ms,
+            point.resident_mib,
         );
     }
     text
