@@ -34,8 +34,7 @@ pub fn af_ingress(ctx: SkBuffContext) -> i32 {
 
 #[inline(always)]
 fn judge(ctx: &SkBuffContext, offset: u32) -> i32 {
-    // SAFETY: the context as the kernel gave it; one field, read once.
-    let protocol = unsafe { (&raw const (*ctx.skb.skb).protocol).read_volatile() };
+    let protocol = field!(ctx.skb.skb, protocol);
     if protocol != u32::from(ETH_P_IP.to_be()) {
         return REFUSE;
     }

@@ -38,30 +38,26 @@ struct To {
 /// IPv4.
 #[cgroup_sock_addr(connect4)]
 pub fn pp_connect4(ctx: SockAddrContext) -> i32 {
-    // SAFETY: the context as the kernel gave it; one field, read once.
-    let word = unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() };
+    let word = field!(ctx.sock_addr, user_ip4);
     connect(&ctx, Addr::from_v4_word(word))
 }
 
 /// IPv6.
 #[cgroup_sock_addr(connect6)]
 pub fn pp_connect6(ctx: SockAddrContext) -> i32 {
-    macro_rules! word {
-        ($index:literal) => {{
-            // SAFETY: the context as the kernel gave it; one word, read once.
-            unsafe { (&raw const (*ctx.sock_addr).user_ip6[$index]).read_volatile() }
-        }};
-    }
-    let words = [word!(0), word!(1), word!(2), word!(3)];
+    let words = [
+        field!(ctx.sock_addr, user_ip6[0]),
+        field!(ctx.sock_addr, user_ip6[1]),
+        field!(ctx.sock_addr, user_ip6[2]),
+        field!(ctx.sock_addr, user_ip6[3]),
+    ];
     connect(&ctx, Addr { words })
 }
 
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, addr: Addr) -> i32 {
-    // SAFETY: the context as the kernel gave it; one field, read once.
-    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
-    // SAFETY: as above.
-    let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
+    let port = field!(ctx.sock_addr, user_port);
+    let protocol = field!(ctx.sock_addr, protocol);
     let to = To {
         addr,
         port: u16::from_be(port as u16),
@@ -152,10 +148,8 @@ fn destination(ctx: &SkBuffContext) -> Option<To> {
 /// By direct access, as Remit reads; headers in fragments by the helper.
 #[inline(always)]
 fn read<const N: usize>(ctx: &SkBuffContext, offset: usize) -> Option<[u8; N]> {
-    // SAFETY: the context as the kernel gave it; one field, read once.
-    let data = unsafe { (&raw const (*ctx.skb.skb).data).read_volatile() } as usize;
-    // SAFETY: as above.
-    let end = unsafe { (&raw const (*ctx.skb.skb).data_end).read_volatile() } as usize;
+    let data = field!(ctx.skb.skb, data) as usize;
+    let end = field!(ctx.skb.skb, data_end) as usize;
     let start = data + offset;
     if start + N <= end {
         // SAFETY: within the linear part by the check above, which the verifier insists on.
