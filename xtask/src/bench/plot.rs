@@ -360,7 +360,12 @@ fn curves(
             point.axis,
         );
     }
-    for (workload, colour) in works.iter().zip(CURVES) {
+    let one = up.at(1.0);
+    let dashed = format!(r#"stroke="{GREY}" stroke-dasharray="3 3""#);
+    svg.line((left, one), (right, one), &dashed);
+    for (index, (workload, colour)) in works.iter().zip(CURVES).enumerate() {
+        // Apart, so that intervals do not hide each other.
+        let place = |at| place(at) + 6.0 * index as f64 - 3.0;
         let of_work: Vec<_> = points
             .iter()
             .filter(|point| point.workload == *workload)
