@@ -55,5 +55,6 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
     cases.extend(never_open::cases());
+    cases.extend(budget::cases());
     cases
 }

@@ -54,6 +54,7 @@ pub struct Daemon {
     place: Place,
     child: Option<Child>,
     manager: Option<UnixDatagram>,
+    patience: Duration,
 }
 
 // === impl Place ===
@@ -150,6 +151,7 @@ impl Daemon {
             place: place.clone(),
             child: None,
             manager: None,
+            patience,
         };
         daemon.restart()?;
         Ok(daemon)
@@ -212,7 +214,7 @@ impl Daemon {
             bail!("no daemon was started");
         };
         let err = self.place.at("daemon.err");
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + self.patience;
         let mut buffer = [0; 4096];
         while Instant::now() < until {
             if let Ok(length) = ready.recv(&mut buffer) {
