@@ -55,6 +55,7 @@ pub struct Daemon {
     place: Place,
     child: Option<Child>,
     manager: Option<UnixDatagram>,
+    patience: Duration,
 }
 
 // === impl Place ===
@@ -142,10 +143,16 @@ impl Place {
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start(place: &Place) -> Result<Self> {
+        Self::start_within(place, Duration::from_secs(scale::patience(30)))
+    }
+
+    /// The same, for a registry that takes longer.
+    pub fn start_within(place: &Place, patience: Duration) -> Result<Self> {
         let mut daemon = Self {
             place: place.clone(),
             child: None,
             manager: None,
+            patience,
         };
         daemon.restart()?;
         Ok(daemon)
@@ -208,7 +215,7 @@ impl Daemon {
             bail!("no daemon was started");
         };
         let err = self.place.at("daemon.err");
-        let until = Instant::now() + Duration::from_secs(scale::patience(30));
+        let until = Instant::now() + self.patience;
         let mut buffer = [0; 4096];
         while Instant::now() < until {
             if let Ok(length) = ready.recv(&mut buffer) {
@@ -225,7 +232,11 @@ impl Daemon {
                 );
             }
         }
-        bail!("the daemon does not become ready: {}", tail(&err))
+        bail!(
+            "the daemon is not ready after {} s: {}",
+            self.patience.as_secs(),
+            tail(&err)
+        )
     }
 
     /// Its place.

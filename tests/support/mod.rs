@@ -24,6 +24,7 @@ pub mod fixture;
 pub mod listener;
 pub mod netlink;
 pub mod network;
+pub mod programs;
 pub mod registry;
 pub mod remit;
 pub mod scale;
