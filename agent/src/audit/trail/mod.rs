@@ -78,6 +78,32 @@ pub enum TrailError {
     Key(#[from] KeyError),
 }
 
+/// What is to be said before the next record, because the disk was full when the trail was opened.
+#[derive(Debug)]
+struct Opening {
+    resumed: Option<Resumed>,
+    old_key: Option<PublicKey>,
+}
+
+impl Opening {
+    /// The same with lines that were cut short since.
+    fn with(mut self, fragments: Vec<(usize, chain::Hash)>, last: u64) -> Self {
+        match &mut self.resumed {
+            Some(resumed) => resumed.fragments.extend(fragments),
+            None if fragments.is_empty() => {}
+            None => {
+                self.resumed = Some(Resumed {
+                    why: Why::Fragment,
+                    head: Some(last),
+                    found: Some(last),
+                    fragments,
+                });
+            }
+        }
+        self
+    }
+}
+
 /// The audit log with its chain. This process alone writes it.
 #[derive(Debug)]
 pub struct Trail {
@@ -94,6 +120,8 @@ pub struct Trail {
     unsigned: u64,
     /// The registry state of the last event that named one; 0 before.
     revision: u64,
+    /// What could not be said yet.
+    opening: Option<Opening>,
     signed_at: Instant,
     pruned_at: Option<Instant>,
     trouble: Option<String>,
@@ -231,26 +259,28 @@ impl Trail {
             trouble: trouble.map(|error| error.to_string()),
             lasting,
             written: None,
+            opening: None,
         };
-        trail.take_up(now, resumed, old_key)?;
+        // A full disk must not keep the daemon from starting: it is said before the next record.
+        let opening = Opening { resumed, old_key };
+        let taken = trail.take_up(now, &opening);
+        if taken.is_err() {
+            trail.opening = Some(opening);
+        }
+        trail.note(taken);
         Ok(trail)
     }
 
     /// What the trail says when it is taken up.
-    fn take_up(
-        &mut self,
-        now: UnixMillis,
-        resumed: Option<Resumed>,
-        old_key: Option<PublicKey>,
-    ) -> Result<(), LogError> {
+    fn take_up(&mut self, now: UnixMillis, opening: &Opening) -> Result<(), LogError> {
         let key = self.signer.public();
         if self.head.last.record == 0 {
             self.say(now, &TrailEvent::Begun { key })?;
         }
-        if let Some(resumed) = resumed {
-            self.say(now, &TrailEvent::Resumed(resumed))?;
+        if let Some(resumed) = &opening.resumed {
+            self.say(now, &TrailEvent::Resumed(resumed.clone()))?;
         }
-        if let Some(from) = old_key.filter(|old| *old != key) {
+        if let Some(from) = opening.old_key.filter(|old| *old != key) {
             self.say(now, &TrailEvent::KeyChanged { from, to: key })?;
         }
         Ok(())
@@ -402,6 +432,14 @@ impl Trail {
         }
         self.log.ready()?;
         let fragments = fragments(&mut self.log);
+        if let Some(opening) = self.opening.take() {
+            let opening = opening.with(fragments, self.head.last.record);
+            let taken = self.take_up(now, &opening);
+            if taken.is_err() {
+                self.opening = Some(opening);
+            }
+            return taken;
+        }
         let why = match (untouched, fragments.is_empty()) {
             (true, true) => return Ok(()),
             (true, false) => Why::Fragment,
