@@ -14,6 +14,7 @@ use crate::{
         daemon::{Place, Settings},
         expect,
         programs::{held_by, infos},
+        scale,
     },
 };
 
@@ -22,7 +23,14 @@ mod tally;
 use tally::Tally;
 
 /// Agents of the registries that are reloaded: what one agent's change costs is the same in each.
-const AGENTS: [u32; 2] = [10, 100];
+fn agents() -> [u32; 2] {
+    if scale::emulated() {
+        [8, 24]
+    } else {
+        [10, 100]
+    }
+}
+
 /// What a reload retires is kept for a second; then it is removed.
 const RETIRED: Duration = Duration::from_millis(2500);
 
@@ -121,7 +129,8 @@ fn reload(
             }
         };
         let mut counts = Vec::new();
-        for agents in AGENTS {
+        let sizes = agents();
+        for agents in sizes {
             let daemon = start(ctx, agents)?;
             if tally.writes() == 0 {
                 bail!("the daemon started without a write: the count is broken");
@@ -135,7 +144,7 @@ fn reload(
             sleep(RETIRED);
             counts.push(u32::try_from(tally.writes() - before)?);
         }
-        println!("writes to maps with {AGENTS:?} agents: {counts:?}");
+        println!("writes to maps with {sizes:?} agents: {counts:?}");
         let [few, many] = counts.as_slice() else {
             bail!("not counted: {counts:?}");
         };
@@ -143,8 +152,8 @@ fn reload(
         if *many > few + 4 {
             bail!(
                 "{few} writes with {} agents, {many} with {}",
-                AGENTS[0],
-                AGENTS[1]
+                sizes[0],
+                sizes[1]
             );
         }
         let budget = Budget::read()?;
