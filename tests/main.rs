@@ -7,6 +7,8 @@
 use std::process::ExitCode;
 
 mod actor;
+mod bench;
+mod budget;
 mod bypass;
 mod daemon;
 mod harness;
@@ -27,6 +29,9 @@ fn main() -> ExitCode {
             .parse::<u8>()
             .map(ExitCode::from)
             .map_err(anyhow::Error::from),
+        ["bench", spec] => bench::command(spec),
+        ["bench-run", spec, unique] => bench::run(spec, unique),
+        ["bench-worker", cpu] => bench::worker::serve(cpu),
         ["--list"] => harness::list(&cases()),
         ["--one", name, unique] => harness::one(&cases(), name, unique),
         filters if filters.iter().all(|filter| !filter.starts_with('-')) => {
@@ -50,5 +55,6 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
     cases.extend(never_open::cases());
+    cases.extend(budget::cases());
     cases
 }

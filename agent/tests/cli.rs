@@ -91,6 +91,7 @@ const COMMANDS: &[&str] = &[
     "status",
     "agents",
     "tail",
+    "log",
     "suspend",
     "resume",
     "revoke",
@@ -130,6 +131,10 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["completions"],
         &["man", "nonsense"],
         &["tail", "--since", "yesterday"],
+        &["log", "verify", "--head", "abc"],
+        &["log", "query", "--dest", "a b"],
+        &["log", "query", "--kind", "nonsense"],
+        &["log", "query", "--until", "yesterday"],
         &["explain", "alpha"],
         &["run", "--agent", "alpha"],
         &["run", "--", "true"],
@@ -668,6 +673,131 @@ fn tail_reads_the_log_without_a_daemon() {
     let readable = remit(&settings, &["tail"]);
     assert_eq!(stdout(&readable).lines().count(), 2);
     assert!(!stdout(&readable).contains('\u{1b}'));
+}
+
+/// A trail of a few records in the log folder of the settings.
+fn trail(folder: &Path) -> remit::audit::Trail {
+    use remit::audit::{Decided, Decision, Host, Limits, Places, Trail};
+    let places = Places {
+        log: folder.join("log"),
+        state: folder.join("state"),
+        key: None,
+    };
+    let limits = Limits {
+        max_size: 1 << 30,
+        max_total: 1 << 40,
+        retention: std::time::Duration::from_secs(1 << 30),
+    };
+    let host = Host::read();
+    let mut trail = Trail::open(&places, limits, &host, 1_793_836_800_000).unwrap();
+    for revision in 1..4 {
+        let decided = Decided {
+            time: 1_793_836_800_000 + revision,
+            what: Decision::Stopped {
+                pid: 7,
+                reason: "SIGTERM".to_owned(),
+                revision: revision.unsigned_abs(),
+            },
+        };
+        trail
+            .append(decided.time, |sequence| decided.to_ocsf(&host, sequence))
+            .unwrap();
+    }
+    trail.close(1_793_836_800_009).unwrap();
+    trail
+}
+
+#[test]
+fn log_verify_says_whether_the_trail_is_whole() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let none = remit(&settings, &["log", "verify"]);
+    assert_eq!(code(&none), 3, "{}", stdout(&none));
+    assert_eq!(code(&remit(&settings, &["log", "key"])), 3);
+
+    let head = trail(folder.path()).position().unwrap();
+    let whole = remit(&settings, &["log", "verify"]);
+    assert_eq!(code(&whole), 0, "{}", stdout(&whole));
+    assert!(stdout(&whole).contains("complete to the head: record 5"));
+    assert!(stdout(&whole).contains(&format!("head {}", head.hash)));
+    assert!(stderr(&whole).contains("accounting not tested"));
+
+    // A copy on another machine.
+    let copy = folder.path().join("copy");
+    fs::create_dir(&copy).unwrap();
+    let file = copy.join("audit.jsonl");
+    fs::copy(folder.path().join("log/audit.jsonl"), &file).unwrap();
+    let pem = remit(&settings, &["log", "key"]);
+    assert!(stdout(&pem).starts_with("-----BEGIN PUBLIC KEY-----"));
+    let public = copy.join("key.pem");
+    fs::write(&public, &pem.stdout).unwrap();
+    let at = |path: &Path| path.display().to_string();
+    let hash = head.hash.to_string();
+    let (file, public) = (at(&file), at(&public));
+    let alone = remit(&settings, &["log", "verify", &file]);
+    assert_eq!(code(&alone), 3, "{}", stdout(&alone));
+    assert!(stdout(&alone).contains("complete to checkpoint 1"));
+    let known = ["log", "verify", &file, "--head", &hash, "--key", &public];
+    let known = remit(&settings, &known);
+    assert_eq!(code(&known), 0, "{}", stdout(&known));
+    assert!(stdout(&known).contains("as named by `--key`"));
+
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, text.replacen("SIGTERM", "SIGKILL", 1)).unwrap();
+    let bent = remit(&settings, &["log", "verify", &at(&copy), "--json"]);
+    assert_eq!(code(&bent), 1);
+    let report: serde_json::Value = serde_json::from_slice(&bent.stdout).unwrap();
+    assert_eq!(report["findings"][0]["line"], 2);
+    assert_eq!(report["findings"][0]["record"], 2);
+    assert_eq!(report["complete_to"], "checkpoint");
+    let bent = remit(&settings, &["log", "verify", &file]);
+    assert!(stdout(&bent).starts_with(&format!("{file}:2: record 2: sequence 2: ")));
+    let gone = remit(&settings, &["log", "verify", "/nonexistent/audit.jsonl"]);
+    assert_eq!(code(&gone), 3);
+}
+
+#[test]
+fn log_query_finds_lines_of_both_logs() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    assert_eq!(code(&remit(&settings, &["log", "query"])), 0);
+    trail(folder.path());
+    let denied = |time: i64, port: u16| {
+        serde_json::json!({
+            "time": time,
+            "class_uid": 4001,
+            "ai_agent": { "uid": "alpha" },
+            "dst_endpoint": { "ip": "192.0.2.7", "port": port },
+            "metadata": { "event_code": "RM1001" },
+            "unmapped": { "verdict": "denied", "reason": "floor" },
+        })
+    };
+    let log = folder.path().join("log");
+    fs::write(
+        log.join("violations.jsonl.1"),
+        format!("{}\n", denied(5, 80)),
+    )
+    .unwrap();
+    fs::write(
+        log.join("violations.jsonl"),
+        format!("{}\n", denied(6, 443)),
+    )
+    .unwrap();
+    let query = |arguments: &[&str]| {
+        let all: Vec<&str> = ["log", "query"].iter().chain(arguments).copied().collect();
+        let found = remit(&settings, &all);
+        assert_eq!(code(&found), 0, "{}", stderr(&found));
+        stdout(&found)
+    };
+    assert_eq!(query(&[]).lines().count(), 2 + 5);
+    assert_eq!(query(&["--agent", "alpha"]).lines().count(), 2);
+    let one = query(&["--dest", "192.0.2.0/24:443", "--json"]);
+    assert_eq!(one, format!("{}\n", denied(6, 443)));
+    assert_eq!(query(&["--last", "1"]).lines().count(), 1);
+    assert_eq!(query(&["--kind", "RM9002"]).lines().count(), 3);
+    let count = query(&["--count", "--agent", "alpha"]);
+    let row: Vec<&str> = count.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row, ["alpha", "denied", "floor", "2", "2"]);
 }
 
 const ENTRY: &str = r#"schema = 1

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 pub mod faulty;
 mod need;
 mod runner;
-mod sweep;
+pub mod sweep;
 
 pub use need::Need;
 

@@ -20,7 +20,7 @@ use crate::{
     support::{
         Cgroup, Ctx,
         bpf::{Open, Pinned},
-        claim, expect,
+        claim, expect, scale,
     },
 };
 
@@ -645,7 +645,7 @@ fn any_bytes(ctx: &mut Ctx) -> Result<()> {
         chance
     };
     let mut found = 0;
-    for round in 0..60 {
+    for round in 0..scale::third_of(60) {
         for _ in 0..1 + roll() % 12 {
             let bytes: Vec<u8> = (0..34).flat_map(|_| roll().to_ne_bytes()).collect();
             let (name, size, keys) = [

@@ -77,7 +77,7 @@ struct Fire {
     changing: Generator,
 }
 
-/// The entry of `steady`. The selector comes last, so that no beginning of the file is an entry.
+/// The entry of `steady`.
 fn steady() -> Agent {
     Agent::standard("steady")
 }

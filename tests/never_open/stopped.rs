@@ -11,7 +11,7 @@ use crate::{
     support::{
         Agent, Cgroup, Fixture, claim,
         clock::rfc3339,
-        expect,
+        expect, scale,
         traffic::{Ear, Generator, IN, Numbers, OUT, lanes},
     },
 };
@@ -26,7 +26,8 @@ pub fn cases() -> Vec<Case> {
             "never_open::grants_end_on_time_with_the_daemon_dead",
             |ctx| {
                 // Whole seconds, as the registry writes them.
-                let end = (wall_ns() / 1_000_000_000).cast_signed() + 5;
+                let left = scale::patience(5).cast_signed();
+                let end = (wall_ns() / 1_000_000_000).cast_signed() + left;
                 let ports = r#"443, "443/udp""#;
                 let agent = Agent::new("alpha")
                     .allow_until("198.51.100.0/24", ports, &rfc3339(end))

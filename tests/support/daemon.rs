@@ -19,6 +19,7 @@ use nix::{
 use super::{
     Agent, Ctx, Status,
     remit::{self, Output},
+    scale,
 };
 
 /// Settings that cases change.
@@ -54,6 +55,7 @@ pub struct Daemon {
     place: Place,
     child: Option<Child>,
     manager: Option<UnixDatagram>,
+    patience: Duration,
 }
 
 // === impl Place ===
@@ -141,10 +143,16 @@ impl Place {
 impl Daemon {
     /// Starts it and waits until it is ready.
     pub fn start(place: &Place) -> Result<Self> {
+        Self::start_within(place, Duration::from_secs(scale::patience(30)))
+    }
+
+    /// The same, for a registry that takes longer.
+    pub fn start_within(place: &Place, patience: Duration) -> Result<Self> {
         let mut daemon = Self {
             place: place.clone(),
             child: None,
             manager: None,
+            patience,
         };
         daemon.restart()?;
         Ok(daemon)
@@ -207,7 +215,7 @@ impl Daemon {
             bail!("no daemon was started");
         };
         let err = self.place.at("daemon.err");
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + self.patience;
         let mut buffer = [0; 4096];
         while Instant::now() < until {
             if let Ok(length) = ready.recv(&mut buffer) {
@@ -224,7 +232,11 @@ impl Daemon {
                 );
             }
         }
-        bail!("the daemon is not ready after 30 s: {}", tail(&err))
+        bail!(
+            "the daemon is not ready after {} s: {}",
+            self.patience.as_secs(),
+            tail(&err)
+        )
     }
 
     /// Its place.
@@ -258,7 +270,7 @@ impl Daemon {
             bail!("no daemon runs");
         };
         kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(scale::patience(10));
         while Instant::now() < until {
             if let Some(status) = child.try_wait()? {
                 return Ok(remit::code(status));

@@ -24,6 +24,7 @@ pub mod fixture;
 pub mod listener;
 pub mod netlink;
 pub mod network;
+pub mod programs;
 pub mod registry;
 pub mod remit;
 pub mod scale;
@@ -87,8 +88,10 @@ impl Ctx {
     }
 }
 
-/// Asks until `f` has an answer, or the deadline passes; then the last reason is the error.
+/// Asks until `f` has an answer, or the deadline passes; then the last reason is the error. On
+/// emulated processors everything takes longer.
 pub fn eventually<T>(secs: u64, mut f: impl FnMut() -> Result<T>) -> Result<T> {
+    let secs = scale::patience(secs);
     let until = Instant::now() + Duration::from_secs(secs);
     loop {
         match f() {

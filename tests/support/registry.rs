@@ -136,9 +136,10 @@ impl Agent {
             // A String takes all that is written to it.
             let _ = writeln!(text, "not_before = {time}");
         }
+        // The selector comes last: without it nothing is an entry, so no torn file is one.
         let _ = write!(
             text,
-            "[selector]\ncgroup = {selectors:?}\n[scope]\nmode = \"{}\"\nloopback = \"{}\"\n{}",
+            "[scope]\nmode = \"{}\"\nloopback = \"{}\"\n{}[selector]\ncgroup = {selectors:?}\n",
             self.mode, self.loopback, self.scope
         );
         text

@@ -8,13 +8,33 @@ pub fn full() -> bool {
     std::env::var_os("REMIT_TEST_FULL").is_some_and(|value| value == "1")
 }
 
-/// `whole` or a twentieth of it, but five at least.
+/// Whether this is a VM of the suite, whose processors may be emulated.
+pub fn emulated() -> bool {
+    std::env::var_os("REMIT_TEST_VM").is_some()
+}
+
+/// `whole` or a twentieth of it, but five at least; on emulated processors, where a start of the
+/// daemon takes seconds, a hundredth, but three at least.
 pub fn of(whole: usize) -> usize {
-    if full() {
-        whole
-    } else {
-        (whole / 20).max(5).min(whole)
+    match (full(), emulated()) {
+        (true, _) => whole,
+        (false, false) => (whole / 20).max(5).min(whole),
+        (false, true) => (whole / 100).max(3).min(whole),
     }
+}
+
+/// `count`, or a third of it on emulated processors.
+pub fn third_of(count: usize) -> usize {
+    if emulated() && !full() {
+        count.div_ceil(3)
+    } else {
+        count
+    }
+}
+
+/// So many seconds of patience; more on emulated processors.
+pub fn patience(secs: u64) -> u64 {
+    if emulated() { secs * 4 } else { secs }
 }
 
 /// How long a case may take.

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use super::{
     Cgroup, Family, claim, eventually,
     network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
+    scale,
 };
 pub use crate::actor::traffic::Lane;
 use crate::actor::traffic::{Ears, Heard, Plan, REPORT, Spot, Tally, Transport, payload};
@@ -180,14 +181,33 @@ impl Drop for Reporter {
 // === impl Generator ===
 
 impl Generator {
-    /// Starts in `cgroup`, joined before exec, without a pause between turns.
+    /// Starts in `cgroup`, joined before exec, without a pause between turns. (Emulated processors
+    /// have to leave some time to the daemon, unless the long form was asked for.)
     pub fn start(cgroup: &Cgroup, lanes: Vec<Lane>) -> Result<Self> {
-        Self::paced(cgroup, lanes, 0)
+        let rest = scale::emulated() && !scale::full();
+        Self::planned(
+            cgroup,
+            Plan {
+                lanes,
+                pause_us: 0,
+                rest,
+            },
+        )
     }
 
     /// The same, with a rest after each turn.
     pub fn paced(cgroup: &Cgroup, lanes: Vec<Lane>, pause_us: u64) -> Result<Self> {
-        let plan = Plan { lanes, pause_us };
+        Self::planned(
+            cgroup,
+            Plan {
+                lanes,
+                pause_us,
+                rest: false,
+            },
+        )
+    }
+
+    fn planned(cgroup: &Cgroup, plan: Plan) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         command.args(["generate", &serde_json::to_string(&plan)?]);
         let procs = cgroup.path().join("cgroup.procs");

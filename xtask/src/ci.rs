@@ -3,11 +3,21 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use nix::unistd::geteuid;
 
-use crate::{lint, test, workspace::Workspace};
+use crate::{bench, lint, talk, test, workspace::Workspace};
 
 /// `cargo xtask ci`.
 pub fn command(workspace: &Workspace) -> Result<ExitCode> {
     lint::command(workspace)?;
-    test::command(workspace, &test::Options::default())
+    let code = test::command(workspace, &test::Options::default())?;
+    if code != ExitCode::SUCCESS {
+        return Ok(code);
+    }
+    if !geteuid().is_root() {
+        talk::note("the benchmark was not tried: not root");
+        return Ok(code);
+    }
+    // That it works; a shared machine says nothing about speed.
+    bench::command(workspace, &bench::Options::quick())
 }

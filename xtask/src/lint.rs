@@ -79,6 +79,8 @@ fn clippy_bpf(workspace: &Workspace) -> Result<()> {
         "--locked",
         "-p",
         "agent-ebpf",
+        "--features",
+        "bench",
         "--target",
         BPF_TARGET,
         "--target-dir",
@@ -112,7 +114,10 @@ fn layering(workspace: &Workspace) -> Result<()> {
 
 fn names(workspace: &Workspace) -> Result<()> {
     let mut findings = Vec::new();
-    for file in sources(&workspace.root.join("agent-ebpf/src/kernel"))? {
+    let source = workspace.root.join("agent-ebpf/src");
+    let mut files = sources(&source.join("kernel"))?;
+    files.extend(sources(&source.join("bench"))?);
+    for file in files {
         let text =
             fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         for (line, name) in kernel_names(&text) {

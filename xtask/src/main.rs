@@ -1,6 +1,7 @@
 //! Set-up, builds, tests and VMs of Remit, as commands. A person and CI run the same ones.
 
 mod apt;
+mod bench;
 mod bpf_linker;
 mod build;
 mod ci;
@@ -41,6 +42,8 @@ enum Command {
     Vm(vm::Options),
     /// Run unit tests, the kernel tests on this host, and the same in a VM for each kernel
     Test(test::Options),
+    /// Measure what Remit costs, beside no fence, empty programs and other designs
+    Bench(bench::Options),
     /// Check format, clippy, layering and names
     Lint,
     /// What CI runs: lint, then test
@@ -71,6 +74,7 @@ fn run(workspace: &Workspace, command: Command) -> Result<ExitCode> {
         Command::Demo(options) => demo::command(workspace, &options),
         Command::Vm(options) => vm::command(workspace, &options),
         Command::Test(options) => test::command(workspace, &options),
+        Command::Bench(options) => bench::command(workspace, &options),
         Command::Lint => lint::command(workspace).map(|()| ExitCode::SUCCESS),
         Command::Ci => ci::command(workspace),
         Command::DemoAgent(options) => demo::agent_command(&options),

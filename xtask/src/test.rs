@@ -24,6 +24,8 @@ use crate::{
 const UNIT: &str = "unit tests";
 /// The unit test that has nothing to compare with where the OCSF schemas are not at hand.
 const NEEDS_SCHEMAS: &str = "every_event_is_valid_ocsf";
+/// The unit test that has nothing to compare with where Python lacks the packaged schemas.
+const NEEDS_PACKAGE: &str = "every_event_has_a_valid_form_in_ocsf_1_8";
 const HOST: &str = "host";
 /// One host test at a time says nothing, and none of them is emulated.
 const LIMITS: Limits = Limits {
@@ -149,6 +151,10 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
     if !schemas.is_dir() {
         arguments.extend(["--skip", NEEDS_SCHEMAS]);
     }
+    let packaged = has_packaged_schemas();
+    if !packaged {
+        arguments.extend(["--skip", NEEDS_PACKAGE]);
+    }
     let mut cargo = Command::from(workspace.cargo(&arguments));
     if skip_object {
         cargo.env("AYA_BUILD_SKIP", "1");
@@ -167,14 +173,22 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
     }
     let status = child.wait().context("cannot wait for cargo test")?;
     let mut findings = listener.0;
-    if !schemas.is_dir() {
+    let mut not_tested = |test: &str, why: String| {
         findings.sum.not_tested += 1;
         findings.verdicts.push(Verdict {
-            test: NEEDS_SCHEMAS.to_owned(),
+            test: test.to_owned(),
             outcome: Outcome::NotTested,
-            why: format!("no OCSF schemas at {}", schemas.display()),
+            why,
             ms: 0,
         });
+    };
+    if !schemas.is_dir() {
+        let why = format!("no OCSF schemas at {}", schemas.display());
+        not_tested(NEEDS_SCHEMAS, why);
+    }
+    if !packaged {
+        let why = "no Python package ocsf-json-schema (REMIT_PYTHON names another Python)";
+        not_tested(NEEDS_PACKAGE, why.to_owned());
     }
     if !status.success() && findings.sum.failed == 0 {
         findings.problems.push(format!(
@@ -194,6 +208,16 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
     };
     talk::note(&place.closing());
     Ok(place)
+}
+
+/// Whether the Python that the tests ask has PyPI's `ocsf-json-schema`.
+fn has_packaged_schemas() -> bool {
+    let python = env::var_os("REMIT_PYTHON").unwrap_or_else(|| "python3".into());
+    Command::new(python)
+        .args(["-c", "import ocsf_json_schema"])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 /// Reads what the standard test harness prints: sums from its closing lines, names and reasons

@@ -16,6 +16,10 @@ pub use word::*;
 
 /// Version of everything in this module. It is part of the pin path, so that two layouts never
 /// meet; bump it in the commit that changes a type, a map or their meaning.
+///
+/// Another version's tags, owners, events, folds, budgets, names and counters are taken over while
+/// their sizes are the same: what changes the meaning of one must change its size as well, or its
+/// name.
 pub const ABI_VERSION: u32 = if cfg!(feature = "abi-next") {
     CURRENT + 1
 } else {

@@ -84,6 +84,16 @@ codes! {
     RootFenced = "RM9005", Audit, "root fenced again";
     /// A root that has lost its fence could not be fenced again.
     RootNotFenced = "RM9006", Audit, "root not fenced";
+    /// The hash chain of the audit trail begins.
+    TrailBegun = "RM9101", Audit, "audit trail begun";
+    /// The host vouches for the audit trail so far.
+    TrailCheckpoint = "RM9102", Audit, "audit trail checkpoint";
+    /// The audit trail was not as it was left.
+    TrailResumed = "RM9103", Audit, "audit trail taken up";
+    /// The oldest files of the audit trail go.
+    TrailRemoved = "RM9104", Audit, "audit files removed";
+    /// Another key signs the audit trail.
+    TrailKeyChanged = "RM9105", Audit, "audit key changed";
 }
 
 /// A log, and the stem of its file's name.

@@ -15,9 +15,10 @@ use std::{
 };
 
 use super::{
+    mask::Mask,
     ocsf::Host,
     record::{Parent, ProcessInfo},
-    text::{COMMAND_BYTES, NAME_BYTES, PATH_BYTES, clean, command_line},
+    text::{COMMAND_BYTES, NAME_BYTES, PATH_BYTES, clean},
 };
 
 /// Bytes of one `/proc` file that are looked at; a command line can be megabytes.
@@ -30,6 +31,7 @@ const DELETED: &[u8] = b" (deleted)";
 pub struct Processes {
     proc: PathBuf,
     passwd: PathBuf,
+    mask: Mask,
     users: HashMap<u32, String>,
     /// When the users were read.
     stamp: Option<SystemTime>,
@@ -37,6 +39,8 @@ pub struct Processes {
     seen: VecDeque<(Instant, ProcessInfo)>,
 }
 
+/// Ancestors that are looked at: an agent may nest as deep as it likes.
+const ANCESTORS: usize = 8;
 /// Processes remembered, so that one which was read alive keeps its name when it is gone.
 const SEEN: usize = 256;
 /// How long. No id comes round so soon: the kernel hands them out in order.
@@ -55,10 +59,17 @@ impl Processes {
         Self {
             proc: proc.to_owned(),
             passwd: passwd.to_owned(),
+            mask: Mask::default(),
             users: HashMap::new(),
             stamp: None,
             seen: VecDeque::new(),
         }
+    }
+
+    /// The same with another mask for secrets in command lines.
+    #[must_use]
+    pub fn with_mask(self, mask: Mask) -> Self {
+        Self { mask, ..self }
     }
 
     /// Adds to `process`, which holds what the kernel's record said, what can be read of it now.
@@ -119,10 +130,8 @@ impl Processes {
         let uid = process
             .uid
             .or_else(|| uid(&read(&dir.join("status")).ok()?));
-        let parent = (before.parent != 0).then(|| Parent {
-            pid: before.parent,
-            name: Stat::read(&self.proc.join(before.parent.to_string())).map(|stat| stat.name),
-        });
+        let mut line = self.ancestors(before.parent).into_iter();
+        let parent = line.next();
         let after = Stat::read(&dir)?;
         if after.started != before.started || before.is_zombie {
             return None;
@@ -140,14 +149,33 @@ impl Processes {
             name,
             exe: exe.map(|exe| clean(exe, PATH_BYTES)),
             exe_deleted,
-            cmd_line: Some(command_line(&command, COMMAND_BYTES)),
+            cmd_line: Some(clean(
+                self.mask.command_line(&command).as_bytes(),
+                COMMAND_BYTES,
+            )),
             uid,
             user: uid.and_then(|uid| self.user(uid)),
             parent,
+            ancestors: line.collect(),
             started: Some(before.started),
             gone: false,
             ..process.clone()
         })
+    }
+
+    /// `pid` and those that started it, up to the first process or a bound. Each is read on its own:
+    /// one that ends meanwhile ends the line.
+    fn ancestors(&self, pid: u32) -> Vec<Parent> {
+        let mut line = Vec::new();
+        let mut pid = pid;
+        while pid != 0 && line.len() < ANCESTORS {
+            let stat = Stat::read(&self.proc.join(pid.to_string()));
+            let next = stat.as_ref().map_or(0, |stat| stat.parent);
+            let name = stat.map(|stat| stat.name);
+            line.push(Parent { pid, name });
+            pid = next;
+        }
+        line
     }
 
     /// The name of a user, by the passwd file as it is now.
@@ -328,7 +356,35 @@ mod tests {
         assert_eq!(info.started, Some(4_711));
         let parent = info.parent.unwrap();
         assert_eq!((parent.pid, parent.name.as_deref()), (1, Some("init")));
+        assert!(info.ancestors.is_empty(), "the first process has none");
         assert_eq!(processes.cgroup(7).as_deref(), Some("/agents.slice/a"));
+    }
+
+    #[test]
+    fn ancestors_are_named_up_to_a_bound() {
+        let (dir, mut processes) = fake(&stat_of("x", "S", 20, 4_711));
+        for pid in 20..40 {
+            let ancestor = dir.path().join(pid.to_string());
+            fs::create_dir(&ancestor).unwrap();
+            let stat = stat_of(&format!("p{pid}"), "S", pid + 1, 5);
+            fs::write(ancestor.join("stat"), stat).unwrap();
+        }
+        let info = processes.enrich(record(7));
+        assert_eq!(info.parent.unwrap().name.as_deref(), Some("p20"));
+        let line: Vec<u32> = info.ancestors.iter().map(|parent| parent.pid).collect();
+        assert_eq!(line, (21..28).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn secrets_in_arguments_are_masked() {
+        let (dir, processes) = fake(&stat_of("x", "S", 1, 4_711));
+        let command = dir.path().join("7/cmdline");
+        fs::write(&command, "x\0--token\0abc def\0pin-1\0").unwrap();
+        let mut processes = processes;
+        let shown = |processes: &mut Processes| processes.enrich(record(7)).cmd_line.unwrap();
+        assert_eq!(shown(&mut processes), "x --token *** pin-1");
+        let mut other = processes.with_mask(Mask::new([r"pin-\d"]).unwrap());
+        assert_eq!(shown(&mut other), "x --token abc def ***");
     }
 
     #[test]

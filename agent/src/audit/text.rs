@@ -36,14 +36,9 @@ pub fn clean(bytes: &[u8], most: usize) -> String {
     out
 }
 
-/// A command line as `/proc/PID/cmdline` has it, with NUL behind each argument.
-pub fn command_line(bytes: &[u8], most: usize) -> String {
-    let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
-    let spaced: Vec<u8> = bytes
-        .iter()
-        .map(|&byte| if byte == 0 { b' ' } else { byte })
-        .collect();
-    clean(&spaced, most)
+/// Arguments with spaces in place of the NULs between them.
+pub fn spaced(text: &str) -> String {
+    text.replace('\0', " ")
 }
 
 /// The bytes up to the first NUL.
@@ -116,11 +111,7 @@ mod tests {
 
     #[test]
     fn arguments_are_spaced_apart() {
-        assert_eq!(
-            command_line(b"python3\0-m\0recon\0", 99),
-            "python3 -m recon"
-        );
-        assert_eq!(command_line(b"", 99), "");
+        assert_eq!(spaced("python3\0-m\0recon"), "python3 -m recon");
         assert_eq!(until_nul(b"curl\0junk\0"), b"curl");
     }
 

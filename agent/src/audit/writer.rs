@@ -8,8 +8,9 @@
 //! A line that cannot be written leaves nothing behind: not half of it, nor a gap in the numbers.
 //! The caller counts it and writes the count when the disk has room again.
 //!
-//! A hash chain goes where [`Log::append`] builds the value: there the number and the file are
-//! settled and nothing is written yet.
+//! Of the disk the logs together have `max_total` and the two files being written. When it is full
+//! the oldest violations go first; `audit.jsonl` loses its oldest file only by age, or when it fills
+//! the whole of it alone.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
@@ -84,9 +85,14 @@ pub enum LogError {
 #[derive(Debug)]
 pub struct Log {
     path: PathBuf,
+    /// Whether lines are numbered; else they are only text.
+    numbered: bool,
+    /// The log whose room this one leaves to it.
+    first: Option<PathBuf>,
     limits: Limits,
     open: Open,
     torn: u64,
+    fragments: Vec<Vec<u8>>,
     trouble: Option<LogError>,
 }
 
@@ -109,6 +115,20 @@ impl Log {
     /// Opens or creates the log `name` in `dir`, and the folder if it is missing. A file that
     /// ends in the middle of a line gets a line end first: see [`Self::take_torn`].
     pub fn open(dir: &Path, name: LogName, limits: Limits) -> Result<Self, LogError> {
+        Self::open_at(dir, name.file(), true, limits)
+    }
+
+    /// Like [`Self::open`], for lines that have no number: forms of the logs' events for others to
+    /// read.
+    pub(super) fn open_unnumbered(
+        dir: &Path,
+        file: &str,
+        limits: Limits,
+    ) -> Result<Self, LogError> {
+        Self::open_at(dir, file, false, limits)
+    }
+
+    fn open_at(dir: &Path, file: &str, numbered: bool, limits: Limits) -> Result<Self, LogError> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o750)
@@ -118,13 +138,18 @@ impl Log {
                 path: dir.to_owned(),
                 source,
             })?;
-        let path = dir.join(name.file());
-        let open = Open::at(&path)?;
+        let path = dir.join(file);
+        let open = Open::at(&path, numbered)?;
+        // Everything else gives way to the audit trail, and not the other way round.
+        let audit = LogName::Audit.file();
         let mut log = Self {
             path,
+            numbered,
+            first: (file != audit).then(|| dir.join(audit)),
             limits,
             open,
             torn: 0,
+            fragments: Vec::new(),
             trouble: None,
         };
         log.mend()?;
@@ -135,20 +160,39 @@ impl Log {
     /// Returns the bytes of the line. After an error the number is still free and the file as it
     /// was.
     pub fn append(&mut self, build: impl FnOnce(u64) -> Value) -> Result<usize, LogError> {
-        let full = self.open.size >= self.limits.max_size;
-        // A file that grows too long is better than a line that is not there.
-        if full
-            && self.is_in_place()
-            && let Err(error) = self.rotate()
-        {
-            self.trouble = Some(error);
+        self.make_room();
+        self.append_line(|sequence| {
+            let mut line = build(sequence).to_string().into_bytes();
+            line.push(b'\n');
+            line
+        })
+    }
+
+    /// Appends a line of text, without its end.
+    pub(super) fn append_text(&mut self, text: String) -> Result<usize, LogError> {
+        self.make_room();
+        self.append_line(|_| {
+            let mut line = text.into_bytes();
+            line.push(b'\n');
+            line
+        })
+    }
+
+    /// Rotates a full file. One that grows too long is better than a line that is not there.
+    fn make_room(&mut self) {
+        if self.is_full() {
+            let kept = self.rotate().and_then(|()| self.prune());
+            self.trouble = kept.err().or(self.trouble.take());
         }
-        if !self.is_in_place() {
-            self.reopen()?;
-        }
-        self.mend()?;
-        let mut line = build(self.open.next).to_string().into_bytes();
-        line.push(b'\n');
+    }
+
+    /// Like [`Self::append`], but `build` returns the line with its end, and nothing is rotated.
+    pub(super) fn append_line(
+        &mut self,
+        build: impl FnOnce(u64) -> Vec<u8>,
+    ) -> Result<usize, LogError> {
+        self.ready()?;
+        let line = build(self.open.next);
         if line.len() > LINE_BYTES {
             return Err(LogError::TooLong {
                 path: self.path.clone(),
@@ -160,10 +204,29 @@ impl Log {
         Ok(line.len())
     }
 
+    /// Opens the file anew if the path names another one, and ends a line that was cut short.
+    pub(super) fn ready(&mut self) -> Result<(), LogError> {
+        if !self.is_in_place() {
+            self.reopen()?;
+        }
+        self.mend()
+    }
+
+    /// Whether the open file is as long as it was left: nobody else wrote to it or cut it.
+    pub(super) fn is_as_left(&self) -> bool {
+        let length = self.open.file.metadata().map(|meta| meta.len());
+        length.is_ok_and(|length| length == self.open.size)
+    }
+
+    /// Whether it is time to rotate.
+    pub(super) fn is_full(&self) -> bool {
+        self.open.size >= self.limits.max_size && self.is_in_place()
+    }
+
     /// Opens the file at the path anew, as after a rotation by somebody else. The numbers go on
     /// where that file's end.
     pub fn reopen(&mut self) -> Result<(), LogError> {
-        self.open = Open::at(&self.path)?;
+        self.open = Open::at(&self.path, self.numbered)?;
         self.mend()
     }
 
@@ -171,6 +234,12 @@ impl Log {
     /// full disk, worth a warning. What was there is kept, as a line that does not parse.
     pub fn take_torn(&mut self) -> u64 {
         std::mem::take(&mut self.torn)
+    }
+
+    /// What stood in the lines that were cut short, since the last call; nothing of those that are
+    /// longer than any line of ours.
+    pub(super) fn take_fragments(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.fragments)
     }
 
     /// Why rotation or the removal of old files failed last, if it has since the last call. Lines
@@ -229,15 +298,18 @@ impl Log {
     /// Ends a line that was cut short.
     fn mend(&mut self) -> Result<(), LogError> {
         if self.open.torn {
+            // One that cannot be read back is not accounted for, and ended all the same.
+            let fragment = self.open.fragment().ok().flatten();
             self.write(b"\n")?;
+            self.fragments.extend(fragment);
             self.open.torn = false;
             self.torn += 1;
         }
         Ok(())
     }
 
-    /// Renames the file and those before it by one, and starts a new one. The oldest files go.
-    fn rotate(&mut self) -> Result<(), LogError> {
+    /// Renames the file and those before it by one, and starts a new one.
+    pub(super) fn rotate(&mut self) -> Result<(), LogError> {
         let rename = |from: &Path, to: &Path| {
             fs::rename(from, to).map_err(|source| LogError::Io {
                 operation: "rotate",
@@ -258,20 +330,38 @@ impl Log {
             )?;
         }
         rename(&self.path, &numbered(&self.path, 1))?;
-        self.open = Open::at(&self.path)?;
-        self.prune()
+        self.open = Open::at(&self.path, self.numbered)?;
+        Ok(())
     }
 
     /// Removes rotated files that are too old or too many.
-    fn prune(&self) -> Result<(), LogError> {
-        let list = || -> io::Result<Vec<(u32, fs::Metadata)>> {
-            let mut files = rotated(&self.path)?;
-            files.sort_unstable_by_key(|(number, _)| *number);
-            Ok(files)
-        };
-        let files = list().map_err(|source| self.error("list the rotated files of", source))?;
+    pub fn prune(&self) -> Result<(), LogError> {
+        for path in self.expired()? {
+            self.remove(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Removes a rotated file. One that is gone already is no error.
+    pub(super) fn remove(&self, path: &Path) -> Result<(), LogError> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(LogError::Io {
+                operation: "remove",
+                path: path.to_owned(),
+                source: error,
+            }),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Rotated files that are too old or too many, the oldest first.
+    pub(super) fn expired(&self) -> Result<Vec<PathBuf>, LogError> {
+        let failed = |source| self.error("list the rotated files of", source);
+        let mut files = rotated(&self.path).map_err(failed)?;
+        files.sort_unstable_by_key(|(number, _)| *number);
         let now = SystemTime::now();
-        let mut total = 0_u64;
+        let mut total = self.first.as_deref().map_or(0, bytes_of);
+        let mut expired = Vec::new();
         for (number, meta) in files {
             total = total.saturating_add(meta.len());
             let age = meta
@@ -280,15 +370,11 @@ impl Log {
                 .and_then(|modified| now.duration_since(modified).ok())
                 .unwrap_or_default();
             if total > self.limits.max_total || age > self.limits.retention {
-                let path = numbered(&self.path, number);
-                fs::remove_file(&path).map_err(|source| LogError::Io {
-                    operation: "remove",
-                    path,
-                    source,
-                })?;
+                expired.push(numbered(&self.path, number));
             }
         }
-        Ok(())
+        expired.reverse();
+        Ok(expired)
     }
 
     fn error(&self, operation: &'static str, source: io::Error) -> LogError {
@@ -303,7 +389,7 @@ impl Log {
 // === impl Open ===
 
 impl Open {
-    fn at(path: &Path) -> Result<Self, LogError> {
+    fn at(path: &Path, numbered: bool) -> Result<Self, LogError> {
         let error = |operation| {
             move |source| LogError::Io {
                 operation,
@@ -326,7 +412,7 @@ impl Open {
             file.set_permissions(Permissions::from_mode(MODE))
                 .map_err(error("set the mode of"))?;
         }
-        let (last, torn) = last_sequence(&mut file, meta.len()).map_err(error("read"))?;
+        let (last, torn) = last_sequence(&mut file, meta.len(), numbered).map_err(error("read"))?;
         Ok(Self {
             file,
             identity: identity(&meta),
@@ -335,6 +421,30 @@ impl Open {
             torn,
         })
     }
+}
+
+impl Open {
+    /// What stands behind the last line end; none if it is longer than any line of ours.
+    fn fragment(&self) -> io::Result<Option<Vec<u8>>> {
+        let window = self.size.min(LINE_BYTES as u64 + 1);
+        let mut bytes = vec![0; usize::try_from(window).unwrap_or_default()];
+        self.file.read_exact_at(&mut bytes, self.size - window)?;
+        let start = match bytes.iter().rposition(|&byte| byte == b'\n') {
+            Some(end) => end + 1,
+            None if window == self.size => 0,
+            None => return Ok(None),
+        };
+        Ok(Some(bytes.split_off(start)))
+    }
+}
+
+/// Bytes of the log at `path`, rotated files included; 0 where that cannot be told.
+fn bytes_of(path: &Path) -> u64 {
+    let current = fs::metadata(path).map_or(0, |meta| meta.len());
+    let rotated = rotated(path).unwrap_or_default();
+    rotated
+        .iter()
+        .fold(current, |sum, (_, meta)| sum.saturating_add(meta.len()))
 }
 
 fn identity(meta: &fs::Metadata) -> (u64, u64) {
@@ -375,13 +485,16 @@ pub(super) fn rotated(path: &Path) -> io::Result<Vec<(u32, fs::Metadata)>> {
 
 /// The number of the last line that has one (0 without), and whether the file ends in the middle
 /// of a line.
-fn last_sequence(file: &mut File, size: u64) -> io::Result<(u64, bool)> {
+fn last_sequence(file: &mut File, size: u64, numbered: bool) -> io::Result<(u64, bool)> {
     if size == 0 {
         return Ok((0, false));
     }
     let mut last = [0];
     file.read_exact_at(&mut last, size - 1)?;
     let torn = last != [b'\n'];
+    if !numbered {
+        return Ok((0, torn));
+    }
     let mut window = TAIL_BYTES;
     loop {
         let start = size.saturating_sub(window);

@@ -14,6 +14,7 @@
 mod control;
 mod glob;
 mod hierarchy;
+mod invocation;
 mod member;
 mod mount;
 mod path;

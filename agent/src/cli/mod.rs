@@ -10,6 +10,7 @@ mod explain;
 mod explain_name;
 mod format;
 mod lifecycle;
+mod log;
 mod outcome;
 mod output;
 mod reconcile;
@@ -76,6 +77,9 @@ enum Command {
     Agents(agents::Arguments),
     /// Print violations, one line each.
     Tail(tail::Arguments),
+    /// Check the audit trail, or search the logs.
+    #[command(subcommand)]
+    Log(log::Command),
     /// Take everything from an agent, at once, until it is resumed.
     Suspend(lifecycle::Hold),
     /// End a suspension.
@@ -126,6 +130,7 @@ impl Global {
             Command::Status => status::run(self, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
+            Command::Log(command) => log::run(self, &command, &output),
             Command::Suspend(arguments) => lifecycle::suspend(self, arguments, &output),
             Command::Resume(arguments) => lifecycle::resume(self, arguments, &output),
             Command::Revoke(arguments) => lifecycle::revoke(self, arguments, &output),

@@ -116,6 +116,7 @@ impl Core {
             posture,
             reasons,
             since_ms: self.started_ms,
+            counted_since_ms: self.enforcer.born(),
             revision: self.force.revision,
             guards,
             agents,

@@ -8,6 +8,7 @@ use tracing::{error, info, warn};
 use super::{
     DaemonError, Options,
     endings::Endings,
+    evidence,
     force::{self, Force, Stance},
     keeping::clocks_before,
     lock::RootLock,
@@ -19,7 +20,8 @@ use super::{
 };
 use crate::{
     audit::{
-        Allowance, Decided, Decision, Key, Limits, Log, LogName, Succession, Tables, written_since,
+        Allowance, Decided, Decision, Key, Limits, Log, LogName, Succession, Tables, Trail,
+        written_since,
     },
     cgroup::{CgroupPath, Hierarchy, Selectors},
     kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
@@ -52,7 +54,7 @@ pub struct Core {
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
     damage: Vec<Damage>,
-    audit: Log,
+    pub(super) audit: Trail,
     adopted: bool,
 }
 
@@ -150,7 +152,6 @@ impl Core {
             retention: settings.log.retention,
         };
         let log = Log::open(&settings.paths.log, LogName::Violations, limits)?;
-        let audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
         let violations = log.path().to_owned();
         let mut recorder = Recorder::new(
             Sink::Log(Box::new(log)),
@@ -158,6 +159,13 @@ impl Core {
             hierarchy.clone(),
             offset,
         );
+        let mut audit = Trail::open(
+            &evidence::places(settings),
+            limits,
+            recorder.host(),
+            wall_millis(),
+        )?;
+        evidence::arrange(settings, limits, &mut recorder, &mut audit)?;
         recorder.learn(&enforcer, force.revision, all(&force));
         if adopted {
             resume(&mut recorder, &enforcer, &violations);
@@ -263,6 +271,9 @@ impl Core {
             reason: reason.to_owned(),
             revision,
         });
+        if let Err(error) = self.audit.close(wall_millis()) {
+            error!(message = "The audit trail could not be signed.", %error);
+        }
         info!(
             message = "Stopped; what is in force stays in force.",
             reason
@@ -277,7 +288,7 @@ impl Core {
         let host = self.recorder.host().clone();
         if let Err(error) = self
             .audit
-            .append(|sequence| decided.to_ocsf(&host, sequence))
+            .append(decided.time, |sequence| decided.to_ocsf(&host, sequence))
         {
             error!(message = "The audit log could not be written.", %error);
             self.problems.insert(
@@ -287,6 +298,7 @@ impl Core {
         } else {
             self.problems.remove("audit");
         }
+        self.export();
     }
 
     /// Writes down how this daemon came to the fence that it found.
@@ -374,6 +386,7 @@ impl Core {
     /// Once a second. Returns whether the tables were written anew.
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
+        self.tend_trail();
         self.enforcer.sweep();
         if self.close_again {
             self.close_unreachable(None);

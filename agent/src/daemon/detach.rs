@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{DaemonError, settings::Settings, time::wall_millis};
+use super::{DaemonError, evidence::places, settings::Settings, time::wall_millis};
 use crate::{
-    audit::{Actor, Decided, Decision, FenceLifted, Limits, Log, LogName},
+    audit::{Actor, Decided, Decision, FenceLifted, Host, Limits, Trail},
     kernel,
 };
 
@@ -16,9 +16,9 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
         max_total: settings.log.max_total,
         retention: settings.log.retention,
     };
-    let mut audit = Log::open(&settings.paths.log, LogName::Audit, limits)?;
+    let host = Host::read();
+    let mut audit = Trail::open(&places(settings), limits, &host, wall_millis())?;
     let removed = kernel::detach_pinned(&settings.paths.bpffs);
-    let host = crate::audit::Host::read();
     let decided = Decided {
         time: wall_millis(),
         what: Decision::FenceLifted(FenceLifted {
@@ -35,7 +35,8 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
             error: removed.as_ref().err().map(ToString::to_string),
         }),
     };
-    audit.append(|sequence| decided.to_ocsf(&host, sequence))?;
+    audit.append(decided.time, |sequence| decided.to_ocsf(&host, sequence))?;
+    audit.close(decided.time)?;
     removed.map_err(|source| DaemonError::System {
         what: "remove the pins that hold the fence",
         source,

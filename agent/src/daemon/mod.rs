@@ -15,6 +15,7 @@ mod closing;
 mod core;
 mod detach;
 mod endings;
+mod evidence;
 mod files;
 pub mod force;
 mod keeping;
@@ -41,12 +42,13 @@ use tracing::{info, warn};
 
 use self::{core::Core, files::Files, settings::Settings};
 use crate::{
-    audit::LogError,
+    audit::{LogError, TrailError, mask::PatternError},
     cgroup::{self, Watcher},
     control,
     kernel::{self, ApplyError, AttachError, OpenError},
 };
 
+pub use self::evidence::places;
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
 
@@ -107,6 +109,12 @@ pub enum DaemonError {
     /// A log.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// A pattern of `log.mask`.
+    #[error(transparent)]
+    Mask(#[from] PatternError),
+    /// The audit trail.
+    #[error(transparent)]
+    Trail(#[from] TrailError),
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] control::server::BindError),

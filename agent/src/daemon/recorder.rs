@@ -4,16 +4,17 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Event, Fold, NO_ENTRY, UNREGISTERED};
+use agent_ebpf::abi::{Event, Fold, NO_ENTRY, RING_BYTES, UNREGISTERED};
 use tracing::warn;
 
 use super::time::Offset;
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Key, Ledger, Log, Owed, ProcessInfo, Processes, Subject,
-        Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Mask, Owed, ProcessInfo, Processes,
+        Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},
@@ -28,11 +29,28 @@ const DENIALS: usize = 16;
 /// Cgroup paths remembered, so that a burst of records costs one look-up.
 const PATHS: usize = 4096;
 
+/// How long a turn writes lines: whoever gives an order waits for it.
+const TURN: Duration = Duration::from_millis(20);
+/// Records taken from the ring at a time.
+const CHUNK: usize = 64;
+/// Lines that each agent may have in a turn that is over its time, so that a flood of others costs
+/// nobody its first ones.
+const FIRST: u32 = 8;
+/// How often old files are looked for.
+const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
+
 /// An agent as it was under one policy.
 #[derive(Clone)]
 struct Known {
     subject: Subject,
     entries: Arc<AgentTables>,
+}
+
+/// A cgroup that records name by its id.
+#[derive(Clone)]
+struct Whereabouts {
+    path: String,
+    invocation: Option<String>,
 }
 
 /// Where the lines go.
@@ -53,7 +71,10 @@ pub struct Recorder {
     policies: HashMap<u64, Known>,
     order: VecDeque<u64>,
     present: HashMap<u32, (u64, Known)>,
-    paths: HashMap<u64, Option<String>>,
+    paths: HashMap<u64, Option<Whereabouts>>,
+    exports: Exports,
+    /// When old files were looked for last.
+    pruned: Option<Instant>,
     denials: BTreeMap<String, VecDeque<Denial>>,
     last: BTreeMap<String, LastViolation>,
     revision: u64,
@@ -73,11 +94,28 @@ impl Recorder {
             order: VecDeque::new(),
             present: HashMap::new(),
             paths: HashMap::new(),
+            exports: Exports::default(),
+            pruned: None,
             denials: BTreeMap::new(),
             last: BTreeMap::new(),
             revision: 0,
             offset,
         }
+    }
+
+    /// Masks secrets in command lines with this from now on.
+    pub fn set_mask(&mut self, mask: Mask) {
+        self.processes = std::mem::take(&mut self.processes).with_mask(mask);
+    }
+
+    /// Writes events to these as well from now on.
+    pub fn set_exports(&mut self, exports: Exports) {
+        self.exports = exports;
+    }
+
+    /// Where events go to beside their log.
+    pub fn exports(&mut self) -> &mut Exports {
+        &mut self.exports
     }
 
     /// The host that lines name.
@@ -136,22 +174,55 @@ impl Recorder {
         self.paths.clear();
     }
 
-    /// Takes in what the ring has; returns how many records there were.
-    pub fn drain(&mut self, enforcer: &mut Enforcer) -> usize {
-        const AT_ONCE: usize = 1024;
-        let events = enforcer.drain(AT_ONCE);
-        let now = crate::kernel::boot_nanos();
-        for event in &events {
-            if let Some(count) = self.ledger.record(now, event) {
-                self.write_event(now, event, count);
+    /// Takes in what the ring has, for a turn at most; what is left stays there.
+    pub fn drain(&mut self, enforcer: &mut Enforcer) {
+        let turn = Instant::now();
+        loop {
+            let events = enforcer.drain(CHUNK);
+            let now = crate::kernel::boot_nanos();
+            for event in &events {
+                if let Some(count) = self.ledger.record(now, event) {
+                    self.write_event(now, event, count);
+                }
+            }
+            if events.len() < CHUNK || turn.elapsed() >= TURN {
+                return;
             }
         }
-        events.len()
     }
 
-    /// Once a second, after the ring was drained: what folds and losses still owe.
+    /// Takes in all that the ring has. Agents can fill it faster than lines can be written, and
+    /// nobody else is served meanwhile: after a turn records are booked and not written, but for
+    /// the first of each agent. What is booked so is owed, and told in one line for each kind.
+    fn empty(&mut self, enforcer: &mut Enforcer) {
+        let turn = Instant::now();
+        let mut lines: HashMap<u32, u32> = HashMap::new();
+        // What is in the ring now is in it once at most.
+        for _ in 0..RING_BYTES as usize / size_of::<Event>() / CHUNK {
+            let events = enforcer.drain(CHUNK);
+            let now = crate::kernel::boot_nanos();
+            for event in &events {
+                let Some(count) = self.ledger.record(now, event) else {
+                    continue;
+                };
+                let of_agent = lines.entry(event.agent).or_default();
+                if *of_agent < FIRST || turn.elapsed() < TURN {
+                    *of_agent += 1;
+                    self.write_event(now, event, count);
+                } else {
+                    self.ledger.skipped(event, count);
+                }
+            }
+            if events.len() < CHUNK {
+                return;
+            }
+        }
+    }
+
+    /// Once a second: what the ring has, then what folds and losses still owe.
     pub fn settle(&mut self, enforcer: &mut Enforcer) {
-        while self.drain(enforcer) > 0 {}
+        self.empty(enforcer);
+        self.prune();
         let now = crate::kernel::boot_nanos();
         let folds: Vec<(u32, Fold)> = enforcer
             .folds()
@@ -182,7 +253,7 @@ impl Recorder {
             })
     }
 
-    fn path(&mut self, cgroup: u64) -> Option<String> {
+    fn whereabouts(&mut self, cgroup: u64) -> Option<Whereabouts> {
         if self.paths.len() > PATHS {
             self.paths.clear();
         }
@@ -190,11 +261,11 @@ impl Recorder {
         self.paths
             .entry(cgroup)
             .or_insert_with(|| {
-                hierarchy
-                    .path_of(cgroup)
-                    .ok()
-                    .flatten()
-                    .map(|path| path.to_string())
+                let path = hierarchy.path_of(cgroup).ok().flatten()?;
+                Some(Whereabouts {
+                    invocation: hierarchy.invocation(&path),
+                    path: path.to_string(),
+                })
             })
             .clone()
     }
@@ -215,11 +286,16 @@ impl Recorder {
                     .and_then(|at| known.entries.entries.get(at))
             })
             .flatten();
+        let (path, invocation) = match self.whereabouts(cgroup) {
+            Some(place) => (Some(place.path), place.invocation),
+            None => (None, None),
+        };
         Context {
             time: self.offset.wall(time),
             agent: known.subject.clone(),
             process: self.processes.enrich(process),
-            cgroup: self.path(cgroup),
+            cgroup: path,
+            invocation,
             entry: entry.map(Into::into),
             dst_name: None,
             revision: self.revision,
@@ -323,13 +399,21 @@ impl Recorder {
             }
             Sink::Log(log) => {
                 let mut text = String::new();
+                let mut exported = None;
+                let exports = &mut self.exports;
                 let appended = log.append(|sequence| {
                     let value = build(sequence);
                     text = human(&value, false);
+                    if !exports.is_empty() {
+                        exported = Some(value.clone());
+                    }
                     value
                 });
                 match appended {
                     Ok(bytes) => {
+                        if let Some(event) = exported {
+                            exports.write(&event);
+                        }
                         self.ledger.spend(now, key.agent, bytes);
                         Some(text)
                     }
@@ -376,6 +460,25 @@ impl Recorder {
             && let Err(error) = log.reopen()
         {
             warn!(message = "The violation log could not be reopened.", %error);
+        }
+        if let Err(error) = self.exports.reopen() {
+            warn!(message = "An export could not be reopened.", %error);
+        }
+    }
+
+    /// Removes files that are too old or too many, which no line may have done for long.
+    fn prune(&mut self) {
+        let due = self.pruned.is_none_or(|at| at.elapsed() >= PRUNE_EVERY);
+        if !due {
+            return;
+        }
+        self.pruned = Some(Instant::now());
+        let mut pruned = Ok(());
+        if let Sink::Log(log) = &mut self.sink {
+            pruned = log.prune();
+        }
+        if let Err(error) = pruned.and_then(|()| self.exports.prune()) {
+            warn!(message = "Old log files could not be removed.", %error);
         }
     }
 

@@ -147,7 +147,8 @@ impl Enforcer {
 
     /// Puts `images` in force on a new set of maps with room for `capacity`, where the maps in use
     /// have become too small: the new set is filled first, then every fence moves to it, then the
-    /// old goes. Returns the agents that changed. On an error what was in force stays.
+    /// old goes. Returns the agents that changed. On an error what was in force stays. Where this
+    /// process has fenced nothing yet, [`Self::fence`] and [`Self::settle_in`] do the rest.
     ///
     /// The programs are loaded anew: their own log has to be asked for again.
     pub fn outgrow(
@@ -210,10 +211,14 @@ impl Enforcer {
             }
         }
         std::mem::swap(self, &mut next);
+        self.tables.remember(next.tables.take_differences());
         next.guardian.let_go();
         drop(next);
         self.guardian.alone();
-        if let Err(error) = self.settle_in() {
+        // Before it has fenced anything, a start settles in by itself later.
+        if !self.fences.is_empty()
+            && let Err(error) = self.settle_in()
+        {
             tracing::warn!(message = "The old maps could not be removed yet.", %error);
         }
         Ok(changed)

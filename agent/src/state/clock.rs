@@ -1,7 +1,7 @@
 //! What is remembered of the clocks: the latest wall-clock time that was ever seen, so that a
 //! clock behind it revives nothing, and the offset of this boot.
 
-use std::{fs, path::Path};
+use std::{fs, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +9,8 @@ use super::file::{self, Damage, Kind, StateError};
 
 /// File in the state directory.
 pub(super) const NAME: &str = "clock.json";
+/// The same beside the registry, should the state directory be lost.
+pub(super) const MARKER: &str = ".clock";
 const KIND: Kind = Kind {
     word: "clock",
     max: 4096,
@@ -34,12 +36,26 @@ pub fn boot_id() -> Option<String> {
     Some(text.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
-pub(super) fn read(state: &Path) -> Result<Option<ClockMark>, Damage> {
-    let read = file::read::<ClockMark>(&state.join(NAME), KIND)?;
-    Ok(read.map(|decoded| decoded.value))
+/// The mark of the two copies that knows the later time; what could not be read.
+pub(super) fn read(copies: &[PathBuf; 2]) -> (Option<ClockMark>, Vec<Damage>) {
+    let mut marks = Vec::new();
+    let mut damage = Vec::new();
+    for path in copies {
+        match file::read::<ClockMark>(path, KIND) {
+            Ok(read) => marks.extend(read.map(|decoded| decoded.value)),
+            Err(damaged) => damage.push(damaged),
+        }
+    }
+    let latest = marks.into_iter().max_by_key(|mark| mark.high_water_ms);
+    (latest, damage)
 }
 
-pub(super) fn write(state: &Path, mark: &ClockMark) -> Result<(), StateError> {
-    let path = state.join(NAME);
-    file::replace(&path, &file::encode(&path, KIND, mark)?)
+pub(super) fn write(copies: &[PathBuf; 2], mark: &ClockMark) -> Result<(), StateError> {
+    let mut written = Ok(());
+    for path in copies {
+        let wrote = file::encode(path, KIND, mark).and_then(|text| file::replace(path, &text));
+        // Both are tried: each alone keeps the time.
+        written = written.and(wrote);
+    }
+    written
 }

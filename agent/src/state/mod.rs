@@ -7,6 +7,7 @@
 //! STATE/holds/ID.json                 a suspension or revocation
 //! REGISTRY/ID.hold                    the same, should the state directory be lost
 //! STATE/clock.json                    the latest time that was seen, the offset of this boot
+//! REGISTRY/.clock                     the same, should the state directory be lost
 //! ```
 //!
 //! Each is one [`file`], replaced whole. What cannot be read is [`Damage`], never guessed: an entry
@@ -41,6 +42,7 @@ pub struct Store {
     state: PathBuf,
     registry: registry::Folder,
     holds: hold::Places,
+    clocks: [PathBuf; 2],
 }
 
 /// All that was found.
@@ -67,6 +69,7 @@ impl Store {
             state: state.to_owned(),
             registry: registry::Folder::new(state),
             holds: hold::Places::new(state, registry),
+            clocks: [state.join(clock::NAME), registry.join(clock::MARKER)],
         }
     }
 
@@ -95,13 +98,16 @@ impl Store {
             return loaded;
         }
         loaded.registry = self.registry.load(now_ms, &mut loaded.damage);
-        match clock::read(&self.state) {
-            Ok(mark) => loaded.clock = mark,
-            Err(mut damage) => {
-                file::move_aside(&mut damage, now_ms);
-                loaded.damage.push(damage.so("no earlier time is known"));
-            }
+        let (mark, damage) = clock::read(&self.clocks);
+        let so = match mark {
+            Some(_) => "the other copy is used",
+            None => "no earlier time is known",
+        };
+        for mut damage in damage {
+            file::move_aside(&mut damage, now_ms);
+            loaded.damage.push(damage.so(so));
         }
+        loaded.clock = mark;
         loaded
     }
 
@@ -147,6 +153,6 @@ impl Store {
     /// If they could not be written.
     pub fn save_clock(&self, mark: &ClockMark) -> Result<(), StateError> {
         file::make_folder(&self.state)?;
-        clock::write(&self.state, mark)
+        clock::write(&self.clocks, mark)
     }
 }

@@ -515,7 +515,7 @@ fn where_neither_place_can_be_read_everybody_is_held() {
     let loaded = host.load();
     let held = loaded.holds.get("anybody").unwrap();
     assert_eq!(held.state, HoldState::Suspended);
-    assert_eq!(loaded.damage.len(), 2);
+    assert_eq!(loaded.damage.len(), 3);
 }
 
 #[test]
@@ -667,14 +667,36 @@ fn the_clocks_come_back_or_are_told_to_be_lost() {
         high_water_ms: NOW,
     };
     host.store().save_clock(&mark).unwrap();
-    assert_eq!(host.load().clock, Some(mark));
-    let path = host.state().join("clock.json");
-    let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace(&NOW.to_string(), "0")).unwrap();
+    assert_eq!(host.load().clock, Some(mark.clone()));
+    // Each copy is enough, and the later time counts.
+    let copies = [
+        host.state().join("clock.json"),
+        host.registry().join(".clock"),
+    ];
+    let spoil = |path: &Path| {
+        let text = fs::read_to_string(path).unwrap();
+        fs::write(path, text.replace(&NOW.to_string(), "0")).unwrap();
+    };
+    spoil(&copies[0]);
     let loaded = host.load();
-    assert_eq!(loaded.clock, None);
+    assert_eq!(loaded.clock, Some(mark.clone()));
     assert!(loaded.damage[0].why.contains("checksum differs"));
     assert!(loaded.damage[0].aside.as_ref().unwrap().exists());
+    let later = ClockMark {
+        high_water_ms: NOW + 1,
+        ..mark
+    };
+    host.store().save_clock(&later).unwrap();
+    fs::remove_dir_all(host.state()).unwrap();
+    assert_eq!(host.load().clock, Some(later));
+    spoil(&copies[1]);
+    fs::write(&copies[1], "torn").unwrap();
+    let loaded = host.load();
+    assert_eq!(loaded.clock, None);
+    assert!(
+        loaded.damage[0].why.contains("no earlier time"),
+        "{loaded:?}"
+    );
 }
 
 // === any values ===

@@ -197,6 +197,7 @@ pub fn status(posture: Posture) -> Status {
             Vec::new()
         },
         since_ms: 1_793_836_800_000,
+        counted_since_ms: Some(1_793_836_800_000),
         revision: 7,
         guards: vec![
             guard("connect4", GuardState::Live),

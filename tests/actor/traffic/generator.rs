@@ -11,9 +11,9 @@ use nix::{errno::Errno, poll::PollTimeout};
 use super::{Lane, PAYLOAD_LENGTH, Plan, Tally, Transport, Wish, payload, say, wall_ns, wish};
 use crate::actor::socket::Socket;
 
-/// A handshake on `lo` is done within the call; what takes longer was dropped. Shorter than the
-/// second after which a SYN is sent again, which would hide the drop.
-const CONNECT_MS: u64 = 900;
+/// A handshake on `lo` is done within the call. A SYN that was dropped is sent again after a second;
+/// that would hide the drop, so it is looked for.
+const CONNECT_MS: u64 = 5000;
 /// A new process so often at most: forks are dear, and the point is that they are new.
 const FORK_EVERY: Duration = Duration::from_millis(20);
 /// `tcpi_total_retrans` in `struct tcp_info` (include/uapi/linux/tcp.h).
@@ -31,9 +31,11 @@ pub fn serve(plan: &str) -> Result<ExitCode> {
             // Nothing is sent after the last numbers.
             Wish::End => return report(&lanes).map(|()| ExitCode::SUCCESS),
         }
+        let began = Instant::now();
         for lane in &mut lanes {
             lane.turn();
         }
+        let pause = if plan.rest { began.elapsed() } else { pause };
         if !pause.is_zero() {
             std::thread::sleep(pause);
         }
@@ -109,7 +111,11 @@ impl<'a> Running<'a> {
                     libc::SOCK_DGRAM
                 };
                 let socket = open(self.lane, kind)?;
-                socket.connect(self.lane.to, CONNECT_MS)?;
+                if stream {
+                    connect(&socket, self.lane, &mut self.tally.repeated)?;
+                } else {
+                    socket.connect(self.lane.to, CONNECT_MS)?;
+                }
                 self.socket.insert(socket)
             }
         };
@@ -139,11 +145,17 @@ fn connect_once(lane: &Lane, payload: &[u8], repeated: &mut u64) -> nix::Result<
         std::slice::from_raw_parts((&raw const linger).cast::<u8>(), size_of::<libc::linger>())
     };
     socket.set_option(libc::SOL_SOCKET, libc::SO_LINGER, bytes)?;
+    connect(&socket, lane, repeated)?;
+    socket.send(payload).map(drop)
+}
+
+/// Connects by TCP, and counts it when a SYN was lost on the way.
+fn connect(socket: &Socket, lane: &Lane, repeated: &mut u64) -> nix::Result<()> {
     socket.connect(lane.to, CONNECT_MS)?;
-    if retransmitted(&socket)? > 0 {
+    if retransmitted(socket)? > 0 {
         *repeated += 1;
     }
-    socket.send(payload).map(drop)
+    Ok(())
 }
 
 /// Segments that a connection has sent more than once.
@@ -173,7 +185,14 @@ fn in_a_new_process(lane: &Lane, payload: &[u8]) -> nix::Result<()> {
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => {
             let result = if lane.transport == Transport::NewConnect {
-                connect_once(lane, payload, &mut 0)
+                let mut repeated = 0;
+                let result = connect_once(lane, payload, &mut repeated);
+                // An exit code is all that there is to tell it by.
+                result.and(if repeated > 0 {
+                    Err(Errno::ETIMEDOUT)
+                } else {
+                    Ok(())
+                })
             } else {
                 open(lane, libc::SOCK_DGRAM)
                     .and_then(|socket| socket.send_to(lane.to, payload, 0).map(drop))

@@ -59,6 +59,8 @@ pub struct Plan {
     pub lanes: Vec<Lane>,
     /// Rest after each turn, in microseconds; 0 for none.
     pub pause_us: u64,
+    /// Rest after each turn for as long as it took.
+    pub rest: bool,
 }
 
 /// What an ear listens to.

@@ -324,6 +324,17 @@ impl Ledger {
         account.disk += count;
     }
 
+    /// Takes back the line of a record that there is no time for: its attempts are owed again, like
+    /// those that the allowance keeps back. `count` is what [`Self::record`] said.
+    pub fn skipped(&mut self, event: &Event, count: u64) {
+        let Some(key) = Key::new(event.agent, event.verdict, event.reason) else {
+            return;
+        };
+        let account = self.accounts.entry(key).or_default();
+        account.written = account.written.saturating_sub(count);
+        account.rate += count;
+    }
+
     /// Closes the books of an agent whose number and counters the kernel has given up.
     pub fn forget(&mut self, agent: u32) {
         self.accounts.retain(|key, _| key.agent != agent);

@@ -410,6 +410,29 @@ fn a_line_that_was_not_written_is_owed_for_the_disk() {
 }
 
 #[test]
+fn a_skipped_record_is_owed_as_rate() {
+    let mut kernel = Kernel::new(true);
+    let mut ledger = Ledger::new(lines(200));
+    kernel.attempt(0, denied(443), false);
+    let event = kernel.ring[0];
+    let count = ledger.record(kernel.now, &event).unwrap();
+    ledger.skipped(&event, count);
+    kernel.count(0);
+    let mut owed = Vec::new();
+    for _ in 0..3 {
+        kernel.now += SECOND;
+        assert!(ledger.folds(kernel.now, kernel.copy(None)).is_empty());
+        owed.extend(
+            ledger
+                .tick(kernel.now, kernel.counters.clone())
+                .iter()
+                .map(|o| o.lost.rate),
+        );
+    }
+    assert_eq!(owed, [1]);
+}
+
+#[test]
 fn the_next_daemon_owes_what_the_last_one_left() {
     let mut kernel = Kernel::new(true);
     let mut first = Daemon::new(200);

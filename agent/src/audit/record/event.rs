@@ -1,15 +1,16 @@
 //! Records to OCSF values.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use agent_ebpf::abi::{Reason, Verdict};
 use serde_json::{Map, Value, json};
 
 use super::{
-    DEFAULT_DENY, Dropped, Endpoint, EntryRef, Lost, ProcessInfo, Subject, Violation,
+    DEFAULT_DENY, Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation,
     words::{detail, protocol_name, socket_type_name},
 };
 use crate::audit::{
+    flow::community_id,
     ocsf::{Class, Code, Envelope, Host, Severity, Status, put, rfc3339},
     text::{COMMAND_BYTES, NAME_BYTES, PATH_BYTES, clean},
 };
@@ -140,14 +141,13 @@ impl Violation {
             put(&mut value, "user", Some(user));
         }
         if let Some(parent) = &process.parent {
-            let mut object = json!({ "pid": parent.pid });
-            let name = parent.name.as_deref();
-            put(
-                &mut object,
-                "name",
-                name.map(|name| clean(name.as_bytes(), NAME_BYTES)),
-            );
-            put(&mut value, "parent_process", Some(object));
+            put(&mut value, "parent_process", Some(parent.to_ocsf()));
+        }
+        if !process.ancestors.is_empty() {
+            // OCSF's lineage begins with the parent.
+            let line = process.parent.iter().chain(&process.ancestors);
+            let line: Vec<Value> = line.map(Parent::to_ocsf).collect();
+            put(&mut value, "ancestry", Some(line));
         }
         put(&mut actor, "process", Some(value));
         actor
@@ -163,6 +163,12 @@ impl Violation {
             (None, _) => None,
         };
         put(&mut connection, "protocol_ver_id", version);
+        let ends = self
+            .src
+            .and_then(Endpoint::socket)
+            .zip(self.dst.and_then(Endpoint::socket));
+        let flow = ends.and_then(|(src, dst)| community_id(self.protocol, src, dst));
+        put(&mut connection, "community_uid", flow);
         connection
     }
 
@@ -173,6 +179,13 @@ impl Violation {
             &mut unmapped,
             "cgroup",
             cgroup.map(|path| clean(path.as_bytes(), PATH_BYTES)),
+        );
+        put(&mut unmapped, "container_id", cgroup.and_then(container_of));
+        let invocation = self.invocation.as_deref();
+        put(
+            &mut unmapped,
+            "invocation_id",
+            invocation.map(|id| clean(id.as_bytes(), NAME_BYTES)),
         );
         put(&mut unmapped, "hook", Some(self.hook.name()));
         put(&mut unmapped, "verdict", Some(self.verdict.name()));
@@ -302,9 +315,28 @@ impl Subject {
     }
 }
 
+// === impl Parent ===
+
+impl Parent {
+    fn to_ocsf(&self) -> Value {
+        let mut object = json!({ "pid": self.pid });
+        let name = self.name.as_deref();
+        put(
+            &mut object,
+            "name",
+            name.map(|name| clean(name.as_bytes(), NAME_BYTES)),
+        );
+        object
+    }
+}
+
 // === impl Endpoint ===
 
 impl Endpoint {
+    fn socket(self) -> Option<SocketAddr> {
+        self.port.map(|port| SocketAddr::new(self.ip, port))
+    }
+
     /// `198.51.100.23:443`, `[2001:db8::1]:443`, `198.51.100.23`.
     fn shown(&self) -> String {
         match (self.port, self.ip) {
@@ -337,6 +369,16 @@ impl EntryRef {
 }
 
 // === words ===
+
+/// The id of a container in the path of its cgroup: 64 hexadecimal digits, as Docker, containerd,
+/// CRI-O and Podman put it there. The innermost counts.
+pub(super) fn container_of(cgroup: &str) -> Option<&str> {
+    let is_digit = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+    cgroup
+        .rsplit('/')
+        .flat_map(|part| part.split(|c| !is_digit(c)))
+        .find(|run| run.len() == 64)
+}
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;

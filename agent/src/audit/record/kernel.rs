@@ -17,6 +17,8 @@ pub struct Context {
     pub process: ProcessInfo,
     /// Path of its cgroup below the v2 mount.
     pub cgroup: Option<String>,
+    /// Which start of its unit that is.
+    pub invocation: Option<String>,
     /// The entry of its number, in the policy that it names.
     pub entry: Option<EntryRef>,
     /// Name that the destination was leased for.
@@ -65,6 +67,7 @@ impl Violation {
             process: context.process,
             cgroup_id: event.cgroup,
             cgroup: context.cgroup,
+            invocation: context.invocation,
             entry: context.entry,
             revision: context.revision,
             count: context.count,

@@ -56,6 +56,8 @@ pub struct Violation {
     pub cgroup_id: u64,
     /// Path of the cgroup below the v2 mount, if it is still there.
     pub cgroup: Option<String>,
+    /// Which start of its unit that is, as systemd says.
+    pub invocation: Option<String>,
     /// The entry that decided; none is the default.
     pub entry: Option<EntryRef>,
     /// The registry state in force.
@@ -143,6 +145,8 @@ pub struct ProcessInfo {
     pub user: Option<String>,
     /// Its parent.
     pub parent: Option<Parent>,
+    /// That one's parent, and so on.
+    pub ancestors: Vec<Parent>,
     /// When it started, in clock ticks since boot: tells it from a later one with the same id.
     pub started: Option<u64>,
     /// Whether it, or its tenancy of the id, was over before it could be looked at.
@@ -228,6 +232,7 @@ impl ProcessInfo {
             uid,
             user: None,
             parent: None,
+            ancestors: Vec::new(),
             started: None,
             gone: true,
             witness,

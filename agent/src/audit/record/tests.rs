@@ -56,6 +56,7 @@ pub(in crate::audit) fn violation() -> Violation {
         },
         cgroup_id: 7_421,
         cgroup: Some("/agents.slice/billing-recon.service".to_owned()),
+        invocation: None,
         entry: None,
         revision: 12,
         count: 37,
@@ -236,6 +237,7 @@ fn context() -> Context {
         agent: v.agent,
         process: v.process,
         cgroup: v.cgroup,
+        invocation: None,
         entry: v.entry,
         dst_name: None,
         revision: v.revision,
@@ -325,4 +327,58 @@ fn user_zero_is_root_only_when_the_kernel_said_so() {
         (process.uid, process.name.as_str(), process.pid),
         (Some(0), "curl", 7)
     );
+}
+
+#[test]
+fn a_container_is_told_by_its_cgroup() {
+    let id = "0123456789abcdef".repeat(4);
+    for path in [
+        format!("/system.slice/docker-{id}.scope"),
+        format!("/agents.slice/x/{id}"),
+        format!("/kubepods.slice/kubepods-pod1.slice/cri-containerd-{id}.scope/inner"),
+    ] {
+        let event = Violation {
+            cgroup: Some(path.clone()),
+            invocation: Some("6f\u{1b}".to_owned()),
+            ..violation()
+        }
+        .to_ocsf(&host(), 1);
+        assert_eq!(event["unmapped"]["container_id"], id, "{path}");
+        assert_eq!(event["unmapped"]["invocation_id"], "6f\\x1b");
+    }
+    for path in ["/agents.slice/a.service".to_owned(), format!("/x/{id}0")] {
+        assert_eq!(event::container_of(&path), None);
+    }
+}
+
+#[test]
+fn a_settled_flow_has_a_community_id() {
+    let settled = Violation {
+        src: Some(Endpoint {
+            ip: "128.232.110.120".parse().unwrap(),
+            port: Some(34_855),
+        }),
+        dst: Some(Endpoint {
+            ip: "66.35.250.204".parse().unwrap(),
+            port: Some(80),
+        }),
+        ..violation()
+    };
+    let id = |violation: &Violation| {
+        violation.to_ocsf(&host(), 1)["connection_info"]["community_uid"].clone()
+    };
+    assert_eq!(id(&settled), "1:LQU9qZlK+B5F3KDmev6m5PMibrg=");
+    assert!(id(&violation()).is_null());
+}
+
+#[test]
+fn the_line_of_ancestors_begins_with_the_parent() {
+    let mut deep = violation();
+    deep.process.ancestors = vec![Parent {
+        pid: 1,
+        name: Some("init".to_owned()),
+    }];
+    let event = deep.to_ocsf(&host(), 1);
+    let expected = json!([{ "pid": 41_790, "name": "node" }, { "pid": 1, "name": "init" }]);
+    assert_eq!(event["actor"]["process"]["ancestry"], expected);
 }

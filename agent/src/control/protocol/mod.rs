@@ -60,6 +60,9 @@ pub struct Status {
     /// What comparing registry and kernel came to.
     #[serde(default)]
     pub drift: DriftSummary,
+    /// Since when the kernel has counted what agents attempted; none where that is not known.
+    #[serde(default)]
+    pub counted_since_ms: Option<UnixMillis>,
 }
 
 /// How far the host enforces.

@@ -15,6 +15,8 @@ use std::{
     time::Duration,
 };
 
+use crate::audit::encode::Format;
+
 /// Where the settings are when nobody names another place.
 pub const DEFAULT_PATH: &str = "/etc/remit/remit.toml";
 
@@ -148,8 +150,16 @@ pub struct Log {
     pub per_agent_rate: u32,
     /// Bytes of violation lines a day for one agent.
     pub per_agent_daily: u64,
-    /// Bytes of all rotated files together.
+    /// Bytes of all rotated files together, of both logs.
     pub max_total: u64,
+    /// The key that signs the audit trail; none for one of our own in the state directory.
+    pub signing_key: Option<PathBuf>,
+    /// Patterns of secrets in command lines; none for the built-in ones.
+    pub mask: Option<Vec<String>>,
+    /// Forms in which events are written to files of their own.
+    pub export: Vec<Format>,
+    /// Whether events go to the systemd journal as well.
+    pub journal: bool,
 }
 
 /// How often registry and kernel are compared.
@@ -303,6 +313,10 @@ impl Default for Log {
             per_agent_rate: 200,
             per_agent_daily: 64 << 20,
             max_total: 8 << 30,
+            signing_key: None,
+            mask: None,
+            export: Vec::new(),
+            journal: false,
         }
     }
 }

@@ -9,7 +9,7 @@ use toml::{
 };
 
 use super::{CgroupMount, Containment, Mistake, OnBadRegistry, Settings, Unregistered, Upstream};
-use crate::audit::span;
+use crate::audit::{Mask, encode::Format, span};
 
 /// Reads `text`. The settings are of use only when there are no mistakes; those come in the
 /// file's order.
@@ -129,6 +129,14 @@ impl<'t> Reader<'t> {
                 size(v, 64 << 10)
             });
             t.set("max_total", &mut s.log.max_total, |v| size(v, 64 << 10));
+            t.set("mask", &mut s.log.mask, |v| list(v, pattern).map(Some));
+            t.set("export", &mut s.log.export, |v| {
+                list(v, |v| {
+                    word(v, &Format::ALL.map(|format| (format.name(), format)))
+                })
+            });
+            t.set("journal", &mut s.log.journal, boolean);
+            t.set("signing_key", &mut s.log.signing_key, |v| path(v).map(Some));
             t.finish();
         }
         if let Some(mut t) = root.section("reconcile") {
@@ -285,6 +293,14 @@ fn path(value: &Value<'_>) -> Result<PathBuf, Fault> {
         return Ok(path);
     }
     fault(format!("`{}` must be an absolute path", path.display()))
+}
+
+fn pattern(value: &Value<'_>) -> Result<String, Fault> {
+    let text = text(value)?;
+    match Mask::new([text]) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => fault(error.to_string()),
+    }
 }
 
 fn word<T: Copy>(value: &Value<'_>, words: &[(&str, T)]) -> Result<T, Fault> {

@@ -239,6 +239,13 @@ impl Tables {
             .collect()
     }
 
+    /// Takes note of differences that other tables' adoption has found.
+    pub fn remember(&mut self, differences: Vec<Difference>) {
+        for difference in differences {
+            self.differences.insert(difference.agent, difference.what);
+        }
+    }
+
     /// Takes over the agents' indices of other maps: tags on sockets carry them. Those that have
     /// another one here already keep it.
     pub fn inherit(&mut self, names: &BTreeMap<u32, String>) -> Result<(), ApplyError> {
@@ -425,10 +432,8 @@ impl Tables {
             content,
             entries: Vec::new(),
         };
-        if let Err(error) = put("agents", &mut self.agents, index, word) {
-            // It may point there or not, so the new row is not given out again.
-            return Err(error);
-        }
+        // After an error it may point there or not, so the new row is not given out again.
+        put("agents", &mut self.agents, index, word)?;
         if let Some(mut old) = self.in_force.remove(&index) {
             installed.entries = std::mem::take(&mut old.entries);
             self.retired.push((Instant::now(), old));

@@ -1,0 +1,172 @@
+//! The promise that nothing is lost, checked: what the kernel counted beside what the lines of the
+//! log add up to. Pure.
+
+use std::collections::BTreeMap;
+
+use agent_ebpf::abi::Verdict;
+use serde::Serialize;
+
+use super::sums::Sums;
+
+/// What the kernel counted of one agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Its id, as in lines.
+    pub agent: String,
+    /// Attempts refused.
+    pub denied: u64,
+    /// Attempts that only monitor mode let through.
+    pub monitored: u64,
+    /// Both, by reason.
+    pub by_reason: BTreeMap<String, u64>,
+}
+
+/// What the comparison came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Accounting {
+    /// Agents compared.
+    pub agents: u64,
+    /// Attempts that the kernel counted.
+    pub counted: u64,
+    /// Attempts that lines stand for.
+    pub logged: u64,
+    /// Where the two differ.
+    pub differences: Vec<Difference>,
+    /// Why nothing can be said, if so.
+    pub not_compared: Option<String>,
+}
+
+/// Where kernel and log differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// Whose attempts.
+    pub agent: String,
+    /// `denied`, `monitored`, or a reason.
+    pub what: String,
+    /// By the kernel.
+    pub counted: u64,
+    /// By the log.
+    pub logged: u64,
+}
+
+/// Compares counters with the sums of the lines since they were made. `cut` says that the log
+/// begins later than that, for files were removed: then the log may have less.
+pub fn compare(counters: &[Counters], sums: &Sums, cut: bool) -> Accounting {
+    let mut accounting = Accounting::default();
+    for counters in counters {
+        let logged = |pick: &dyn Fn(Verdict, &str) -> bool| -> u64 {
+            sums.iter()
+                .filter(|((agent, verdict, reason), _)| {
+                    *agent == counters.agent && pick(*verdict, reason.name())
+                })
+                .map(|(_, count)| count)
+                .sum()
+        };
+        let mut rows = vec![
+            (
+                "denied".to_owned(),
+                counters.denied,
+                logged(&|verdict, _| verdict == Verdict::Denied),
+            ),
+            (
+                "monitored".to_owned(),
+                counters.monitored,
+                logged(&|verdict, _| verdict == Verdict::Monitored),
+            ),
+        ];
+        accounting.agents += 1;
+        accounting.counted += counters.denied + counters.monitored;
+        accounting.logged += rows.iter().map(|(_, _, logged)| logged).sum::<u64>();
+        for (reason, count) in &counters.by_reason {
+            rows.push((
+                format!("reason {reason}"),
+                *count,
+                logged(&|_, name| name == reason),
+            ));
+        }
+        for (what, counted, logged) in rows {
+            let differs = counted != logged && !(cut && logged < counted);
+            if differs {
+                accounting.differences.push(Difference {
+                    agent: counters.agent.clone(),
+                    what,
+                    counted,
+                    logged,
+                });
+            }
+        }
+    }
+    if cut && accounting.differences.is_empty() && accounting.logged < accounting.counted {
+        accounting.not_compared =
+            Some("files of the violation log were removed since the kernel counts".to_owned());
+    }
+    accounting
+}
+
+// === impl Accounting ===
+
+impl Accounting {
+    /// Nothing can be said.
+    pub fn not_compared(why: &str) -> Self {
+        Self {
+            not_compared: Some(why.to_owned()),
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use agent_ebpf::abi::Reason;
+
+    use super::*;
+
+    fn counters(denied: u64) -> Vec<Counters> {
+        vec![Counters {
+            agent: "a".to_owned(),
+            denied,
+            monitored: 2,
+            by_reason: BTreeMap::from([
+                ("floor".to_owned(), denied - 1),
+                ("out_of_scope".to_owned(), 3),
+            ]),
+        }]
+    }
+
+    fn sums() -> Sums {
+        let key = |verdict, reason| ("a".to_owned(), verdict, reason);
+        Sums::from([
+            (key(Verdict::Denied, Reason::Floor), 9),
+            (key(Verdict::Denied, Reason::OutOfScope), 1),
+            (key(Verdict::Monitored, Reason::OutOfScope), 2),
+            (("gone".to_owned(), Verdict::Denied, Reason::Floor), 5),
+        ])
+    }
+
+    #[test]
+    fn what_adds_up_is_no_difference() {
+        let accounting = compare(&counters(10), &sums(), false);
+        assert!(accounting.differences.is_empty(), "{accounting:?}");
+        assert_eq!(
+            (accounting.agents, accounting.counted, accounting.logged),
+            (1, 12, 12)
+        );
+    }
+
+    #[test]
+    fn a_line_too_few_or_too_many_is_one() {
+        for denied in [9, 11] {
+            let accounting = compare(&counters(denied), &sums(), false);
+            let what: Vec<_> = accounting.differences.iter().map(|d| &d.what).collect();
+            assert_eq!(what, ["denied", "reason floor"]);
+        }
+    }
+
+    #[test]
+    fn a_log_that_lost_files_may_have_less_but_not_more() {
+        let less = compare(&counters(11), &sums(), true);
+        assert!(less.differences.is_empty() && less.not_compared.is_some());
+        let more = compare(&counters(9), &sums(), true);
+        assert!(!more.differences.is_empty());
+    }
+}
