@@ -119,6 +119,10 @@ pub enum Anchor {
 
 /// What was seen of the head.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are two at most, each in a box of its own"
+)]
 pub enum Seen {
     /// It is not there.
     Missing,
