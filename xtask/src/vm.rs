@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use nix::sys::{prctl, signal::Signal};
 
@@ -37,6 +37,8 @@ const FULL: Limits = Limits {
     silence: Duration::from_secs(90 * 60),
     whole: Duration::from_secs(6 * 3600),
 };
+/// Boots that are tried anew when the emulator failed.
+const RETRIES: usize = 2;
 /// Ample for a kernel that runs on real processors to get as far as looking for its root.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -203,12 +205,6 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
         None => String::new(),
     };
     let full = if options.full { " remit.full" } else { "" };
-    let mut qemu = machine(kernel, accelerator, options.mem);
-    qemu.arg("-initrd").arg(&image);
-    qemu.args([
-        "-append",
-        &format!("console=ttyS0 panic=-1 quiet{filter}{full}"),
-    ]);
     let log = folder.join(format!("{}.log", kernel.name));
     let show = Show {
         name: &format!("VM {}", kernel.name),
@@ -219,7 +215,34 @@ fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Fin
         silence: SILENCE,
         whole: WHOLE,
     };
-    watch::run(qemu, if options.full { &FULL } else { &lean }, &show)
+    let limits = if options.full { &FULL } else { &lean };
+    for retry in 0..=RETRIES {
+        let mut qemu = machine(kernel, accelerator, options.mem);
+        qemu.arg("-initrd").arg(&image);
+        qemu.args([
+            "-append",
+            &format!("console=ttyS0 panic=-1 quiet{filter}{full}"),
+        ]);
+        let findings = watch::run(qemu, limits, &show)?;
+        if accelerator != Accelerator::Tcg || retry == RETRIES || !emulator_failed(&log) {
+            return Ok(findings);
+        }
+        talk::note(&format!(
+            "{}: the emulator ran a breakpoint that the kernel had taken away; booting again",
+            kernel.name
+        ));
+    }
+    bail!("no boot of {} was tried", kernel.name)
+}
+
+/// Whether the kernel died of an `int3` of its own. It patches code that runs (static keys) by way
+/// of a breakpoint, and emulated processors of several threads can run into one that is gone.
+/// Nothing in user space can cause it.
+fn emulator_failed(log: &Path) -> bool {
+    fs::read(log).is_ok_and(|text| {
+        let text = String::from_utf8_lossy(&text);
+        text.contains("Oops: int3") && text.contains("Kernel panic")
+    })
 }
 
 fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Result<Vec<u8>> {
