@@ -77,7 +77,7 @@ impl Status {
 // === impl Line ===
 
 impl Line {
-    /// All whole lines of a log; a file that is not there yet has none.
+    /// All whole lines of a log, but for what a kill cut short; a file that is not there yet has none.
     pub fn read_all(path: &Path) -> Result<Vec<Self>> {
         let Ok(text) = fs::read_to_string(path) else {
             return Ok(Vec::new());
@@ -85,10 +85,12 @@ impl Line {
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         whole
             .lines()
-            .map(|line| {
-                serde_json::from_str(line)
-                    .map(Self)
-                    .with_context(|| format!("not JSON: {line}"))
+            .filter_map(|line| match serde_json::from_str(line) {
+                Ok(value) => Some(Ok(Self(value))),
+                // A kill in the middle of a write leaves the beginning of a line, which the next
+                // daemon ends; what it stood for is told again in the sums.
+                Err(error) if error.is_eof() => None,
+                Err(error) => Some(Err(error).with_context(|| format!("not JSON: {line}"))),
             })
             .collect()
     }
