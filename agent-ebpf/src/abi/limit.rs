@@ -7,8 +7,16 @@ pub const RULES_PER_SET: usize = 8;
 pub const SETS_PER_ADDRESS: usize = 8;
 /// Ancestors looked at. `cgroup.max.depth` can be larger, but a selector this deep is refused.
 pub const MAX_LEVELS: u32 = 32;
-/// Slots of the per-CPU allow cache (a power of two): 64 KiB a CPU.
-pub const CACHE_SLOTS: u32 = 1024;
+/// Places of the per-CPU allow cache (a power of two), two slots each: 80 KiB a CPU.
+pub const CACHE_PLACES: u32 = 512;
+/// Slots of the per-CPU memory of whose a cgroup is (a power of two): 8 KiB a CPU.
+pub const HOMES: u32 = 256;
+/// Ticks (`jiffies`) for which that memory is trusted: a quarter of a second at a tick of one
+/// millisecond, two and a half seconds at ten.
+pub const HOME_TICKS: u64 = 250;
+/// A deadline nearer than this, in nanoseconds, is compared with the clock for every packet; one
+/// farther off once a tick, which is ten milliseconds at most (`CONFIG_HZ` is 100 or more).
+pub const TICK_NANOS: u64 = 20_000_000;
 /// Slots of the per-CPU fold table (a power of two).
 pub const FOLD_SLOTS: u32 = 256;
 /// An allow verdict is trusted this long at most, in nanoseconds of boot time.
@@ -18,8 +26,9 @@ pub const FOLD_NANOS: u64 = 1_000_000_000;
 /// Bytes of the event ring: 16 MiB hold about 100,000 events, far beyond what the per-agent rate
 /// lets through between two drains.
 pub const RING_BYTES: u32 = 16 << 20;
-/// Sockets whose owner is remembered, for naming the process behind a packet. An LRU map: losing
-/// an owner costs a name in a log line, never a verdict.
+/// Sockets whose owner is remembered, for naming the process behind a packet (a power of two). A
+/// socket's place follows from its cookie, which the kernel counts up: the latest ones are known.
+/// Losing an owner costs a name in a log line, never a verdict.
 pub const OWNERS: u32 = 32_768;
 /// The pseudo-agent of processes under a root that no agent claims.
 pub const UNREGISTERED: u32 = 0;

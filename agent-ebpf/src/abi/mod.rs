@@ -25,7 +25,7 @@ pub const ABI_VERSION: u32 = if cfg!(feature = "abi-next") {
 } else {
     CURRENT
 };
-const CURRENT: u32 = 1;
+const CURRENT: u32 = 2;
 
 /// Derives what crosses the kernel boundary, and proves it: no padding, any bit pattern valid.
 macro_rules! shared {
@@ -71,7 +71,9 @@ pub const FINGERPRINT: u64 = {
         size_of::<AgentRow>(),
         core::mem::offset_of!(AgentRow, state),
         core::mem::offset_of!(AgentRow, flags),
-        size_of::<Slot>(),
+        size_of::<Slots>(),
+        size_of::<Home>(),
+        core::mem::offset_of!(Slot, agent),
         size_of::<Counters>(),
         size_of::<Fold>(),
         size_of::<Budget>(),

@@ -58,7 +58,14 @@ shared! {
         pub next: u64,
     }
 
-    /// Value of `cache`: one remembered allow.
+    /// Value of `cache`: the verdicts that share a place. Two, or of a few dozen live destinations
+    /// some pair would always be in each other's way.
+    pub struct Slots {
+        /// Remembered allows.
+        pub slots: [Slot; 2],
+    }
+
+    /// One remembered allow.
     pub struct Slot {
         /// The cgroup that asked; 0 is an empty slot.
         pub cgroup: u64,
@@ -70,17 +77,31 @@ shared! {
         pub epoch: u64,
         /// Boot time in nanoseconds at which the slot ends.
         pub deadline: u64,
+        /// The kernel's tick (`jiffies`) during which `deadline` is known not to come.
+        pub tick: u64,
         /// The agent.
         pub agent: u32,
         /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
         /// between, on the CPU that owns the slot.
         pub sequence: u32,
-        /// Peer's port.
-        pub port: u16,
-        /// IP protocol.
-        pub protocol: u8,
+        /// IP protocol and, in the lower half, the peer's port.
+        pub flow: u32,
         /// Zero.
-        pub pad: [u8; 5],
+        pub pad: u32,
+    }
+
+    /// Value of `homes`, per CPU: whose a cgroup was found to be.
+    pub struct Home {
+        /// The cgroup; 0 is an empty slot.
+        pub cgroup: u64,
+        /// The attribution epoch at the time.
+        pub epoch: u64,
+        /// The kernel's tick (`jiffies`) at the time.
+        pub tick: u64,
+        /// The agent.
+        pub agent: u32,
+        /// As in [`Slot::sequence`].
+        pub sequence: u32,
     }
 
     /// Value of `counters`, per CPU: never lost, whatever becomes of events. Other versions read
@@ -155,20 +176,22 @@ shared! {
 
     /// Value of `owners`: who made or connected a socket, and what connect judged.
     pub struct Owner {
+        /// The socket's cookie; 0 while the slot is empty or being written.
+        pub cookie: u64,
         /// Address that connect let through; zero when it was not asked.
         pub addr: Addr,
-        /// Name of the task.
+        /// Name of the task, on kernels where a packet hook cannot ask for it.
         pub comm: [u8; 16],
         /// Process (thread group) id.
         pub pid: u32,
-        /// User id.
+        /// User id, on the same kernels.
         pub uid: u32,
         /// Port that connect let through.
         pub port: u16,
         /// 1 once connect let something through.
         pub connected: u8,
         /// Zero.
-        pub pad: u8,
+        pub pad: [u8; 5],
     }
 }
 

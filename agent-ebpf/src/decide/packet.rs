@@ -20,6 +20,11 @@ pub trait Bytes {
     const WALKS: bool;
     /// `N` bytes at `offset`, or none where the packet is shorter.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    /// Four bytes at `offset`, as a word of this machine.
+    #[inline(always)]
+    fn word(&self, offset: usize) -> Option<u32> {
+        self.read::<4>(offset).map(u32::from_ne_bytes)
+    }
 }
 
 /// What the hook needs to know of a packet.
@@ -72,6 +77,84 @@ pub fn parse<B: Bytes>(bytes: &B, packet: &mut Packet) -> Result<(), Cause> {
         4 => parse_v4(bytes, version, packet),
         6 => parse_v6(bytes, packet),
         _ => Err(Cause::UnknownFamily),
+    }
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Destination, [`Addr::effective`].
+    pub destination: Addr,
+    /// TCP or UDP.
+    pub protocol: u8,
+    /// Destination port in host order.
+    pub port: u16,
+}
+
+/// Reads where an everyday packet goes: TCP or UDP right behind a plain header, to an address as it
+/// stands. None says nothing but that [`parse`] must be asked; where there is something, `parse`
+/// says the same.
+#[inline(always)]
+pub fn glance<B: Bytes>(bytes: &B) -> Option<Flow> {
+    // What lies farthest first, so that one check of the length serves all.
+    let v4_ports = bytes.word(20)?;
+    let [first, ..] = bytes.word(0)?.to_ne_bytes();
+    if first == 0x45 {
+        return glance_v4(bytes, v4_ports);
+    }
+    if first >> 4 == 6 {
+        return glance_v6(bytes);
+    }
+    None
+}
+
+#[inline(always)]
+fn glance_v4<B: Bytes>(bytes: &B, ports: u32) -> Option<Flow> {
+    /// The 13 bits of a fragment's offset, in the word that they share with the identification.
+    const OFFSET: u32 = u32::from_ne_bytes([0, 0, 0x1f, 0xff]);
+    if bytes.word(4)? & OFFSET != 0 {
+        return None;
+    }
+    let [_, protocol, ..] = bytes.word(8)?.to_ne_bytes();
+    let destination = bytes.word(16)?;
+    if destination == 0 || !has_header(bytes, protocol, 20) {
+        return None;
+    }
+    Some(Flow {
+        destination: Addr::from_v4_word(destination),
+        protocol,
+        port: u32::from_be(ports) as u16,
+    })
+}
+
+#[inline(always)]
+fn glance_v6<B: Bytes>(bytes: &B) -> Option<Flow> {
+    let ports = bytes.word(40)?;
+    let [_, _, protocol, _] = bytes.word(4)?.to_ne_bytes();
+    let words = [
+        bytes.word(24)?,
+        bytes.word(28)?,
+        bytes.word(32)?,
+        bytes.word(36)?,
+    ];
+    let is_unspecified = words[0] == 0 && words[1] == 0 && words[3] == 0;
+    if is_unspecified || !has_header(bytes, protocol, 40) {
+        return None;
+    }
+    Some(Flow {
+        destination: Addr { words },
+        protocol,
+        port: u32::from_be(ports) as u16,
+    })
+}
+
+/// Whether this is UDP, or TCP with its flags at hand, as [`parse`] wants them.
+#[inline(always)]
+fn has_header<B: Bytes>(bytes: &B, protocol: u8, offset: usize) -> bool {
+    match protocol {
+        17 => true,
+        6 => bytes.word(offset + 12).is_some(),
+        _ => false,
     }
 }
 
@@ -277,6 +360,36 @@ mod tests {
             (1, 0, 0)
         );
         assert!(parse(&Slice(&v4(132, &[]))).is_ok());
+    }
+
+    #[test]
+    fn a_glance_says_what_a_look_says() {
+        let mut fragment = v4(17, &[0, 53, 0, 99, 0, 8, 0, 0]);
+        fragment[7] = 1;
+        let mut unspecified = v4(17, &[0, 53, 0, 99, 0, 8, 0, 0]);
+        unspecified[16..20].fill(0);
+        let mut told = 0;
+        let mut packets = vec![fragment, unspecified, v6(0, &[0; 64]), vec![0x15; 60]];
+        for protocol in [1, 6, 17, 58, 132] {
+            for build in [v4, v6] {
+                let whole = build(protocol, &tcp(0x02));
+                packets.extend((0..=whole.len()).map(|end| whole[..end].to_vec()));
+            }
+        }
+        for bytes in packets {
+            let slice = Slice(&bytes);
+            if let Some(flow) = glance(&slice) {
+                told += 1;
+                let packet = parse(&slice).unwrap();
+                assert_eq!(flow.destination, packet.destination.effective());
+                assert_eq!(
+                    (flow.protocol, flow.port),
+                    (packet.protocol, packet.port),
+                    "{bytes:?}"
+                );
+            }
+        }
+        assert!(told > 20, "{told}");
     }
 
     #[test]

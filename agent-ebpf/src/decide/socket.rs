@@ -12,7 +12,8 @@
 
 use crate::abi::{AgentRow, SOCKETS_ANY, SOCKETS_ICMP};
 
-const SOCK_STREAM: u32 = 1;
+/// `SOCK_STREAM`.
+pub const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
 const SOCK_RAW: u32 = 3;
 const IPPROTO_ICMP: u32 = 1;
@@ -26,12 +27,22 @@ const IPPROTO_MPTCP: u32 = 262;
 #[inline(always)]
 pub fn may_create(row: &AgentRow, kind: u32, protocol: u32) -> bool {
     match (kind, protocol) {
-        (SOCK_STREAM, 0 | IPPROTO_TCP | IPPROTO_MPTCP)
-        | (SOCK_DGRAM, 0 | IPPROTO_UDP | IPPROTO_ICMP | IPPROTO_ICMPV6) => true,
+        _ if is_plain(kind, protocol) => true,
         (SOCK_RAW, IPPROTO_ICMP | IPPROTO_ICMPV6) => {
             row.sockets & (SOCKETS_ICMP | SOCKETS_ANY) != 0
         }
         _ => row.sockets & SOCKETS_ANY != 0,
+    }
+}
+
+/// Whether any process may make this socket, whatever its scope: connect and egress judge all that
+/// it does.
+#[inline(always)]
+pub const fn is_plain(kind: u32, protocol: u32) -> bool {
+    match kind {
+        SOCK_STREAM => matches!(protocol, 0 | IPPROTO_TCP | IPPROTO_MPTCP),
+        SOCK_DGRAM => matches!(protocol, 0 | IPPROTO_UDP | IPPROTO_ICMP | IPPROTO_ICMPV6),
+        _ => false,
     }
 }
 

@@ -23,7 +23,7 @@ pub fn remit_bind6(ctx: SockContext) -> i32 {
 
 #[inline(always)]
 fn tag(ctx: &SockContext) -> i32 {
-    let agent = identity::of_current();
+    let agent = identity::of_current(identity::current_cgroup());
     let mut tag = Tag { agent, pad: 0 };
     // SAFETY: the socket of the context, a socket-storage map and a value on the stack.
     let stored = unsafe {

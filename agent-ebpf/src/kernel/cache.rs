@@ -2,9 +2,13 @@
 //! the last second. It holds allow verdicts only, of TCP and UDP only, and its key has all that
 //! such a verdict depends on. A slot is void when the agent's word or the attribution epoch has
 //! moved on since *before* its verdict was reached, or its time is up.
+//!
+//! Reading the clock costs more than all the rest of a hit (41 ns), so a slot whose end is not near
+//! has it compared once a tick. The tick stands still while the machine is suspended, the clock
+//! does not: what ended meanwhile passes for the rest of one tick afterwards.
 
-use agent_ebpf::abi::{Addr, CACHE_NANOS, CACHE_SLOTS, Slot};
-use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
+use agent_ebpf::abi::{Addr, CACHE_NANOS, CACHE_PLACES, Slot, Slots, TICK_NANOS};
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns};
 
 use super::maps::{CACHE, epoch, word};
 
@@ -24,14 +28,41 @@ pub fn boot_now() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
+/// The kernel's tick: a plain load (`bpf_jiffies64` is inlined, Linux 5.6).
 #[inline(always)]
-fn slot(question: &Question<'_>) -> Option<*mut Slot> {
-    let words = &question.addr.words;
-    let mut hash = question.cgroup ^ (u64::from(words[3]) << 32 | u64::from(words[1]));
-    hash ^= (u64::from(words[2]) << 32) ^ u64::from(words[0]);
-    hash ^= u64::from(question.port) << 16 | u64::from(question.protocol);
-    hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    CACHE.get_ptr_mut((hash >> 40) as u32 & (CACHE_SLOTS - 1))
+pub fn tick() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_jiffies64() }
+}
+
+/// Spreads a number over the upper bits.
+#[inline(always)]
+pub const fn mix(value: u64) -> u64 {
+    value.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// An address as two words.
+#[inline(always)]
+fn halves(addr: &Addr) -> (u64, u64) {
+    let [a, b, c, d] = addr.words;
+    (
+        u64::from(a) | u64::from(b) << 32,
+        u64::from(c) | u64::from(d) << 32,
+    )
+}
+
+impl Question<'_> {
+    #[inline(always)]
+    fn flow(&self) -> u32 {
+        u32::from(self.protocol) << 16 | u32::from(self.port)
+    }
+
+    #[inline(always)]
+    fn place(&self) -> Option<*mut Slots> {
+        let (high, low) = halves(self.addr);
+        let hash = mix(self.cgroup ^ high) ^ low ^ u64::from(self.flow());
+        CACHE.get_ptr_mut((mix(hash) >> 48) as u32 & (CACHE_PLACES - 1))
+    }
 }
 
 macro_rules! get {
@@ -42,6 +73,7 @@ macro_rules! get {
         unsafe { place.read_volatile() }
     }};
 }
+pub(super) use get;
 
 macro_rules! set {
     ($slot:ident . $field:ident = $value:expr) => {{
@@ -51,39 +83,83 @@ macro_rules! set {
         unsafe { place.write_volatile($value) }
     }};
 }
+pub(super) use set;
+
+/// One of the two slots of a place.
+#[inline(always)]
+fn slot(place: *mut Slots, number: usize) -> *mut Slot {
+    // SAFETY: a checked map value; nothing is read.
+    unsafe { (&raw mut (*place).slots).cast::<Slot>().add(number) }
+}
+
+/// Whether a slot is about this question, whatever it says.
+#[inline(always)]
+fn is_about(slot: *mut Slot, question: &Question<'_>) -> bool {
+    let (high, low) = halves(question.addr);
+    // SAFETY: a checked map value; nothing is read yet.
+    let addr = unsafe { &raw const (*slot).addr }.cast::<u64>();
+    // SAFETY: the address lies at a multiple of eight within the slot; see `get`.
+    let (first, second) = unsafe { (addr.read_volatile(), addr.add(1).read_volatile()) };
+    get!(slot.cgroup) == question.cgroup
+        && second == low
+        && first == high
+        && get!(slot.flow) == question.flow()
+}
+
+const _: () = assert!(core::mem::offset_of!(Slot, addr).is_multiple_of(8));
+
+/// The agent that may, if this slot says so.
+#[inline(always)]
+fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<u32> {
+    let sequence = get!(slot.sequence);
+    if sequence & 1 != 0 || !is_about(slot, question) {
+        return None;
+    }
+    let agent = get!(slot.agent);
+    if get!(slot.row) != word(agent) || get!(slot.epoch) != epoch() {
+        return None;
+    }
+    let tick = tick();
+    if get!(slot.tick) == tick {
+        // Last: nothing was overwritten while the fields were read one by one.
+        return (get!(slot.sequence) == sequence).then_some(agent);
+    }
+    let now = boot_now();
+    let deadline = get!(slot.deadline);
+    if now >= deadline || get!(slot.sequence) != sequence {
+        return None;
+    }
+    if deadline - now > TICK_NANOS {
+        set!(slot.tick = tick);
+    }
+    Some(agent)
+}
 
 /// The agent that may, if the cache knows.
 #[inline(always)]
 pub fn hit(question: &Question<'_>) -> Option<u32> {
-    let slot = slot(question)?;
-    let sequence = get!(slot.sequence);
-    if sequence & 1 != 0
-        || get!(slot.cgroup) != question.cgroup
-        || get!(slot.addr.words[3]) != question.addr.words[3]
-        || get!(slot.addr.words[2]) != question.addr.words[2]
-        || get!(slot.addr.words[1]) != question.addr.words[1]
-        || get!(slot.addr.words[0]) != question.addr.words[0]
-        || get!(slot.port) != question.port
-        || get!(slot.protocol) != question.protocol
-    {
-        return None;
+    let place = question.place()?;
+    match ask(slot(place, 0), question) {
+        Some(agent) => Some(agent),
+        None => ask(slot(place, 1), question),
     }
-    let agent = get!(slot.agent);
-    if get!(slot.row) != word(agent)
-        || get!(slot.epoch) != epoch()
-        || boot_now() >= get!(slot.deadline)
-        // Last: nothing was overwritten while the fields were read one by one.
-        || get!(slot.sequence) != sequence
-    {
-        return None;
-    }
-    Some(agent)
 }
 
 /// Remembers an allow. `row` and `epoch` are those read before the tables were.
 #[inline(always)]
 pub fn remember(question: &Question<'_>, agent: u32, row: u64, epoch: u64, now: u64, until: u64) {
-    let Some(slot) = slot(question) else { return };
+    let Some(place) = question.place() else {
+        return;
+    };
+    let (first, second) = (slot(place, 0), slot(place, 1));
+    // The slot that is about the same, else the one that ends sooner, which is the older one.
+    let slot = if is_about(first, question) {
+        first
+    } else if is_about(second, question) || get!(second.deadline) < get!(first.deadline) {
+        second
+    } else {
+        first
+    };
     let sequence = get!(slot.sequence);
     if sequence & 1 != 0 {
         // Another context on this CPU was interrupted while it wrote the slot: leave it alone.
@@ -96,8 +172,9 @@ pub fn remember(question: &Question<'_>, agent: u32, row: u64, epoch: u64, now: 
     set!(slot.row = row);
     set!(slot.epoch = epoch);
     set!(slot.deadline = if until < end { until } else { end });
+    // Of the past: the next hit compares the deadline.
+    set!(slot.tick = tick().wrapping_sub(1));
     set!(slot.agent = agent);
-    set!(slot.port = question.port);
-    set!(slot.protocol = question.protocol);
+    set!(slot.flow = question.flow());
     set!(slot.sequence = sequence.wrapping_add(2));
 }

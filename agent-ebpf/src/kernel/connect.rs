@@ -2,19 +2,21 @@
 //! exists; at egress a refused TCP opening would only hang.
 
 use agent_ebpf::{
-    abi::{Addr, Cause, Hook, UNREGISTERED, Verdict},
+    abi::{Addr, Cause, Hook, UNREGISTERED, Verdict, Witness},
     decide::Attempt,
     verifier::{hide_addr, hide8, hide16},
 };
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_socket_cookie},
+    helpers::generated::bpf_get_socket_cookie,
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 
 use super::{
-    cache, emit, identity,
+    cache,
+    emit::{self, Naming},
+    identity,
     maps::{self, Tables},
     peer::ByTag,
     verdict::{ALLOW, Ruling, rule},
@@ -59,10 +61,7 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
     let port = hide16(if matches!(protocol, 1 | 58) { 0 } else { port });
     let protocol = hide8(protocol);
 
-    // SAFETY: no arguments.
-    let cgroup = unsafe { bpf_get_current_cgroup_id() };
-    // SAFETY: the context as the kernel gave it.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let cgroup = identity::current_cgroup();
     let question = cache::Question {
         cgroup,
         addr: &addr,
@@ -70,11 +69,31 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         protocol,
     };
     if let Some(agent) = cache::hit(&question) {
-        emit::remember_connected(cookie, &addr, port);
+        remember(ctx, &addr, port);
         emit::allowed(agent);
         return PASS;
     }
+    slowly(ctx, addr, port, protocol, hook, cgroup)
+}
 
+/// Remembers who connected the socket, and where to.
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, addr: &Addr, port: u16) {
+    // SAFETY: the context as the kernel gave it.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    emit::remember_connected(cookie, addr, port);
+}
+
+/// What the cache does not know.
+#[inline(always)]
+fn slowly(
+    ctx: &SockAddrContext,
+    addr: Addr,
+    port: u16,
+    protocol: u8,
+    hook: Hook,
+    cgroup: u64,
+) -> i32 {
     let mut who = Who {
         agent: UNREGISTERED,
         cgroup,
@@ -92,13 +111,13 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
     let mut ruling = Ruling::fault(Cause::NoRow);
     ask(ctx, &mut attempt, &mut who, &mut ruling);
     if ruling.verdict == ALLOW {
-        emit::remember_connected(cookie, &addr, port);
+        remember(ctx, &addr, port);
         emit::allowed(who.agent);
         return PASS;
     }
     report(&attempt, &ruling, &who);
     if ruling.verdict == Verdict::Monitored as u8 {
-        emit::remember_connected(cookie, &addr, port);
+        remember(ctx, &addr, port);
         return PASS;
     }
     log(ctx, who.agent, ruling.reason);
@@ -123,7 +142,7 @@ struct Who {
 fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
     // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
     let epoch = maps::epoch();
-    who.agent = identity::of_current();
+    who.agent = identity::of_current(who.cgroup);
     let word = maps::word(who.agent);
     attempt.now = cache::boot_now();
     let Some(row) = maps::row(word) else {
@@ -162,6 +181,7 @@ fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
     } else {
         10
     };
-    emit::name_current(&mut event);
-    emit::report(&mut event);
+    event.pid = emit::pid();
+    event.witness = Witness::Current as u8;
+    emit::report(&mut event, Naming::Current);
 }

@@ -2,17 +2,22 @@
 //! remembers who made the socket.
 
 use agent_ebpf::{
-    abi::{Cause, Hook, Reason},
-    decide::socket::may_create,
+    abi::{Cause, Hook, Reason, Witness},
+    decide::socket::{SOCK_STREAM, is_plain, may_create},
 };
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_socket_cookie},
+    helpers::generated::bpf_get_socket_cookie,
     macros::cgroup_sock,
     programs::SockContext,
 };
 
-use super::{cache, emit, identity, maps, verdict::Ruling};
+use super::{
+    cache,
+    emit::{self, Naming},
+    identity, maps,
+    verdict::Ruling,
+};
 
 const PASS: i32 = 1;
 const REFUSE: i32 = 0;
@@ -22,31 +27,46 @@ const REFUSE: i32 = 0;
 pub fn remit_create(ctx: SockContext) -> i32 {
     let kind = field!(ctx.sock, type_);
     let protocol = field!(ctx.sock, protocol);
-    let family = field!(ctx.sock, family);
-    // SAFETY: as above.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if is_plain(kind, protocol) {
+        // A stream sends nothing before it is connected, and then connect remembers.
+        if kind != SOCK_STREAM {
+            remember(&ctx);
+        }
+        return PASS;
+    }
+    judge(&ctx, kind, protocol)
+}
 
-    let agent = identity::of_current();
+#[inline(always)]
+fn remember(ctx: &SockContext) {
+    // SAFETY: the context as the kernel gave it.
+    emit::remember_maker(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
+}
+
+/// Asks the scope.
+#[inline(never)]
+fn judge(ctx: &SockContext, kind: u32, protocol: u32) -> i32 {
+    let cgroup = identity::current_cgroup();
+    let agent = identity::of_current(cgroup);
     let mut ruling = Ruling::fault(Cause::NoRow);
     let mut policy = 0;
     if let Some(row) = maps::row(maps::word(agent)) {
         if may_create(row, kind, protocol) {
-            emit::remember_maker(cookie);
+            remember(ctx);
             return PASS;
         }
         ruling = Ruling::deny(Reason::SocketType);
         policy = row.policy;
     }
-    // SAFETY: no arguments.
-    let cgroup = unsafe { bpf_get_current_cgroup_id() };
     let mut event = emit::blank(Hook::SockCreate, agent, cgroup, cache::boot_now());
     ruling.fill(&mut event);
     event.policy = policy;
     event.protocol = protocol as u8;
     event.socket_type = kind as u8;
-    event.family = family as u8;
-    emit::name_current(&mut event);
-    emit::report(&mut event);
-    aya_log_ebpf::debug!(&ctx, "create: agent {} refused type {}", agent, kind);
+    event.family = field!(ctx.sock, family) as u8;
+    event.pid = emit::pid();
+    event.witness = Witness::Current as u8;
+    emit::report(&mut event, Naming::Current);
+    aya_log_ebpf::debug!(ctx, "create: agent {} refused type {}", agent, kind);
     REFUSE
 }

@@ -12,16 +12,17 @@ use agent_ebpf::{
 use aya_ebpf::{
     EbpfContext as _,
     helpers::{
-        bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        generated::{bpf_get_current_cgroup_id, bpf_get_socket_cookie, bpf_skb_cgroup_id},
+        generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id},
     },
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
 
 use super::{
-    cache, emit, identity,
-    maps::{self, OWNERS_MAP, Tables, skb_current},
+    cache,
+    emit::{self, Naming},
+    identity,
+    maps::{self, Tables, skb_current},
     peer::ByCgroup,
     verdict::{ALLOW, Ruling, rule},
 };
@@ -46,6 +47,19 @@ impl Bytes for Linear {
         }
         // SAFETY: within the linear part by the check above, which the verifier insists on.
         Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn word(&self, offset: usize) -> Option<u32> {
+        let start = self.data + offset;
+        if start + 4 > self.end {
+            return None;
+        }
+        // As one load: by bytes it would be ten instructions.
+        // SAFETY: as above. Network headers lie at multiples of four, as the stack itself reads
+        // them; where one did not, the processor loads it all the same, or the verifier refuses
+        // the program (CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS).
+        Some(unsafe { (start as *const u32).read_volatile() })
     }
 }
 
@@ -99,6 +113,26 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: the context as the kernel gave it.
     let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
+    let data = field!(skb, data) as usize;
+    let end = field!(skb, data_end) as usize;
+    if let Some(flow) = packet::glance(&Linear { data, end }) {
+        let question = cache::Question {
+            cgroup,
+            addr: &flow.destination,
+            port: flow.port,
+            protocol: flow.protocol,
+        };
+        if let Some(agent) = cache::hit(&question) {
+            emit::allowed(agent);
+            return PASS;
+        }
+    }
+    slowly(&ctx, cgroup)
+}
+
+/// What the cache does not know.
+#[inline(never)]
+fn slowly(ctx: &SkBuffContext, cgroup: u64) -> i32 {
     let mut packet = Packet::BLANK;
     let mut who = Who {
         agent: UNREGISTERED,
@@ -111,24 +145,14 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
         word: 0,
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    let cause = read(&ctx, &mut packet);
+    let cause = read(ctx, &mut packet);
     if cause == 0 {
-        let question = cache::Question {
-            cgroup,
-            addr: &packet.destination,
-            port: packet.port,
-            protocol: packet.protocol,
-        };
-        if let Some(agent) = cache::hit(&question) {
-            emit::allowed(agent);
-            return PASS;
-        }
-        judge(&ctx, &packet, &mut who, &mut ruling);
+        judge(ctx, &packet, &mut who, &mut ruling);
     } else {
         ruling.cause = cause as u8;
-        who.agent = identity::of_skb(skb);
+        who.agent = identity::of_skb(ctx.skb.skb, cgroup);
         who.now = cache::boot_now();
-        glimpse(&ctx, &mut packet);
+        glimpse(ctx, &mut packet);
     }
     if ruling.verdict == ALLOW {
         if ruling.cacheable != 0 {
@@ -137,8 +161,8 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
         emit::allowed(who.agent);
         return PASS;
     }
-    report(&ctx, &packet, &ruling, &who);
-    log(&ctx, who.agent, ruling.reason);
+    report(ctx, &packet, &ruling, &who);
+    log(ctx, who.agent, ruling.reason);
     if ruling.verdict == Verdict::Monitored as u8 {
         PASS
     } else {
@@ -149,7 +173,7 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
 /// Asks the tables.
 #[inline(never)]
 fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Ruling) {
-    who.agent = identity::of_skb(ctx.skb.skb);
+    who.agent = identity::of_skb(ctx.skb.skb, who.cgroup);
     who.word = maps::word(who.agent);
     who.now = cache::boot_now();
     let Some(row) = maps::row(who.word) else {
@@ -235,10 +259,11 @@ fn report(ctx: &SkBuffContext, packet: &Packet, ruling: &Ruling, who: &Who) {
     event.family = if packet.destination.is_v4() { 2 } else { 10 };
     // SAFETY: the context as the kernel gave it.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: the value is read at once; an LRU slot that is reused meanwhile gives a wrong name
-    // at worst.
-    if let Some(owner) = unsafe { OWNERS_MAP.get(cookie) } {
-        emit::name_owner(&mut event, owner);
+    if let Some(owner) = emit::owner_of(cookie) {
+        event.pid = owner.pid;
+        event.uid = owner.uid;
+        event.comm = owner.comm;
+        event.witness = Witness::Owner as u8;
         // A TCP socket sends only where connect let it go, unless its packets are translated on
         // output. UDP cannot be told apart from a `sendto` elsewhere.
         let moved = owner.connected == 1
@@ -255,30 +280,27 @@ fn report(ctx: &SkBuffContext, packet: &Packet, ruling: &Ruling, who: &Who) {
             event.reason = Reason::Translated as u8;
         }
     }
-    name_sender(&mut event);
-    emit::report(&mut event);
+    let naming = name_sender(&mut event);
+    emit::report(&mut event, naming);
 }
 
 /// Names the running task where the kernel lets a packet hook ask, and it is the sender: in a
 /// softirq it is whoever was interrupted, so its cgroup must be the socket's.
 #[inline(always)]
-fn name_sender(event: &mut Event) {
+fn name_sender(event: &mut Event) -> Naming {
     let level = skb_current();
-    if level == 0 {
-        return;
+    if level == 0 || identity::current_cgroup() != event.cgroup {
+        return Naming::Done;
     }
-    // SAFETY: no arguments.
-    if unsafe { bpf_get_current_cgroup_id() } != event.cgroup {
-        return;
-    }
-    let pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    let pid = emit::pid();
     if pid != event.pid {
         event.comm = [0; 16];
     }
     event.pid = pid;
     event.witness = Witness::Current as u8;
     if level >= 2 {
-        event.uid = bpf_get_current_uid_gid() as u32;
-        event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+        Naming::Current
+    } else {
+        Naming::Done
     }
 }

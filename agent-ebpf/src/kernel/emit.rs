@@ -9,14 +9,17 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use agent_ebpf::abi::{
-    Addr, Budget, Event, FOLD_NANOS, FOLD_SLOTS, Fold, Hook, Owner, REASONS, Verdict, Witness,
+    Addr, Budget, Event, FOLD_NANOS, FOLD_SLOTS, Fold, Hook, OWNERS, Owner, REASONS, Verdict,
 };
 use aya_ebpf::helpers::{
     bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
     generated::bpf_get_smp_processor_id,
 };
 
-use super::maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, WAKES, event_rate};
+use super::{
+    cache::set,
+    maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, WAKES, event_rate, skb_current},
+};
 
 /// Flags of a record: do not wake the reader, or do.
 const BPF_RB_NO_WAKEUP: u64 = 1;
@@ -41,53 +44,77 @@ pub fn allowed(agent: u32) {
     }
 }
 
-/// Names the running task in an event.
-#[inline(always)]
-pub fn name_current(event: &mut Event) {
-    event.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    event.uid = bpf_get_current_uid_gid() as u32;
-    event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
-    event.witness = Witness::Current as u8;
-}
-
-/// Names the socket's owner in an event, if it is remembered.
-#[inline(always)]
-pub fn name_owner(event: &mut Event, owner: &Owner) {
-    event.pid = owner.pid;
-    event.uid = owner.uid;
-    event.comm = owner.comm;
-    event.witness = Witness::Owner as u8;
-}
-
 /// Remembers that the running task made the socket with this cookie.
-#[inline(never)]
+#[inline(always)]
 pub fn remember_maker(cookie: u64) {
-    remember(cookie, Owner::zeroed());
+    remember(cookie, &Addr::UNKNOWN, 0, 0);
 }
 
 /// Remembers that the running task connected the socket with this cookie, and where to.
-#[inline(never)]
+#[inline(always)]
 pub fn remember_connected(cookie: u64, addr: &Addr, port: u16) {
-    let mut owner = Owner::zeroed();
-    owner.addr = *addr;
-    owner.port = port;
-    owner.connected = 1;
-    remember(cookie, owner);
+    remember(cookie, addr, port, 1);
 }
 
+/// Two CPUs that write one slot at a time mix up two sockets whose cookies are a multiple of the
+/// table's size apart: a wrong name in a log line, never a verdict.
 #[inline(always)]
-fn remember(cookie: u64, mut owner: Owner) {
-    owner.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    owner.uid = bpf_get_current_uid_gid() as u32;
-    owner.comm = bpf_get_current_comm().unwrap_or([0; 16]);
-    // A full or contended map costs a name in a log line; there is nothing better to do.
-    let _lost = OWNERS_MAP.insert(cookie, owner, 0);
+fn remember(cookie: u64, addr: &Addr, port: u16, connected: u8) {
+    let Some(owner) = OWNERS_MAP.get_ptr_mut(cookie as u32 & (OWNERS - 1)) else {
+        return;
+    };
+    // The cookie goes first and comes last: whoever reads meanwhile finds nothing.
+    set!(owner.cookie = 0);
+    set!(owner.addr = *addr);
+    set!(owner.pid = pid());
+    if skb_current() < 2 {
+        name_at_birth(owner);
+    }
+    set!(owner.port = port);
+    set!(owner.connected = connected);
+    set!(owner.cookie = cookie);
+}
+
+/// Name and user, on kernels where a packet hook cannot ask for them later. A function of its own:
+/// elsewhere nobody runs it.
+#[inline(never)]
+fn name_at_birth(owner: *mut Owner) {
+    let comm = bpf_get_current_comm().unwrap_or([0; 16]);
+    set!(owner.comm = comm);
+    set!(owner.uid = bpf_get_current_uid_gid() as u32);
+}
+
+/// The running task's process id.
+#[inline(always)]
+pub fn pid() -> u32 {
+    (bpf_get_current_pid_tgid() >> 32) as u32
+}
+
+/// What is remembered of the socket with this cookie.
+#[inline(always)]
+pub fn owner_of(cookie: u64) -> Option<&'static Owner> {
+    let owner = OWNERS_MAP.get(cookie as u32 & (OWNERS - 1))?;
+    (owner.cookie == cookie).then_some(owner)
+}
+
+/// How an event gets its process's name and user, which takes longer than all else and is done
+/// only for events that are told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// It has them, or nobody can tell.
+    Done,
+    /// They are the running task's.
+    Current,
 }
 
 /// Reports and counts an attempt that was refused or that monitor mode let through.
 #[inline(never)]
-pub fn report(event: &mut Event) {
+pub fn report(event: &mut Event, naming: Naming) {
     if fold(event) && within_budget(event.agent, event.time) {
+        if naming == Naming::Current {
+            event.uid = bpf_get_current_uid_gid() as u32;
+            event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+        }
         // A full ring drops the record; the counter below still tells.
         let _dropped = EVENTS.output::<Event>(&*event, wake(event.time));
     }

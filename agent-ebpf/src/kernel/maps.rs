@@ -5,8 +5,8 @@ use core::ffi::c_void;
 
 use agent_ebpf::{
     abi::{
-        Addr, AgentName, AgentRow, Answer, Budget, CACHE_SLOTS, Counters, FOLD_SLOTS, Fold, OWNERS,
-        Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slot, Tag,
+        Addr, AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES,
+        Home, OWNERS, Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };
@@ -14,7 +14,7 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 
 /// Cgroup id to agent. Written by the daemon as cgroups come and go; set at load.
@@ -55,7 +55,11 @@ pub static RULESETS: Array<RuleSet> = Array::with_max_entries(4096, 0);
 
 /// Allow verdicts of the last second.
 #[map(name = "cache")]
-pub static CACHE: PerCpuArray<Slot> = PerCpuArray::with_max_entries(CACHE_SLOTS, 0);
+pub static CACHE: PerCpuArray<Slots> = PerCpuArray::with_max_entries(CACHE_PLACES, 0);
+
+/// Whose the cgroups of late are, so that their ancestors need not be walked.
+#[map(name = "homes")]
+pub static HOMES_MAP: PerCpuArray<Home> = PerCpuArray::with_max_entries(HOMES, 0);
 
 /// What was decided, per agent; only the programs write. Set at load.
 #[map(name = "counters")]
@@ -69,9 +73,10 @@ pub static FOLDS: PerCpuArray<Fold> = PerCpuArray::with_max_entries(FOLD_SLOTS, 
 #[map(name = "budgets")]
 pub static BUDGETS: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1024, 0);
 
-/// Socket cookie to the process behind it. LRU: what is lost is a name in a log line.
+/// The processes behind the sockets of late, by socket cookie: an array, since an LRU hash takes
+/// 300 ns for each new socket.
 #[map(name = "owners")]
-pub static OWNERS_MAP: LruHashMap<u64, Owner> = LruHashMap::with_max_entries(OWNERS, 0);
+pub static OWNERS_MAP: Array<Owner> = Array::with_max_entries(OWNERS, 0);
 
 /// Agent of each bound socket, for `loopback = "own"`.
 #[btf_map(name = "tags")]

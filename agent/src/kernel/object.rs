@@ -6,8 +6,8 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, Answer, Budget, CACHE_SLOTS, Counters, FOLD_SLOTS, Fold, OWNERS, Owner,
-    Question, RING_BYTES, RuleSet, ScopeKey, Slot, Tag,
+    AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home, OWNERS, Owner,
+    Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -88,7 +88,7 @@ const SIZED: [&str; 9] = [
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 18] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -98,7 +98,7 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 18] {
         is_sized: SIZED.contains(&name),
     };
     let scope = size_of::<ScopeKey>();
-    use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf, SkStorage};
+    use MapType::{Array, Hash, LpmTrie, PerCpuArray, RingBuf, SkStorage};
     [
         map("claims", Hash, 8, 4, capacity.claims),
         map("epoch", Array, 4, 8, 1),
@@ -114,7 +114,8 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 18] {
             size_of::<RuleSet>(),
             capacity.rule_sets,
         ),
-        map("cache", PerCpuArray, 4, size_of::<Slot>(), CACHE_SLOTS),
+        map("cache", PerCpuArray, 4, size_of::<Slots>(), CACHE_PLACES),
+        map("homes", PerCpuArray, 4, size_of::<Home>(), HOMES),
         map(
             "counters",
             PerCpuArray,
@@ -130,7 +131,7 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 18] {
             size_of::<Budget>(),
             capacity.agents,
         ),
-        map("owners", LruHash, 8, size_of::<Owner>(), OWNERS),
+        map("owners", Array, 4, size_of::<Owner>(), OWNERS),
         Shape {
             name: "tags",
             kind: SkStorage,
