@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agent_ebpf::abi::ABI_VERSION;
 use anyhow::{Context as _, Result, bail};
 use remit::{
     daemon::image,
@@ -112,6 +113,11 @@ fn sets(bpf: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// The folder of this build's ABI version, or of the one that is `later` versions later.
+fn folder(later: u32) -> String {
+    format!("v{}/", ABI_VERSION + later)
+}
+
 /// One set, of this version.
 fn one_set(bpf: &Path, version: &str) -> Result<()> {
     let found = sets(bpf)?;
@@ -159,12 +165,12 @@ fn there_and_back(ctx: &mut Ctx) -> Result<()> {
     let mut server = fx.actor("alpha")?;
     let (_, own) = server.listen(Family::V4.pick("127.0.0.1", "::1", 0)?)?;
     in_force(&mut fx, &mut actor, own)?;
-    one_set(&bpf, "v1/")?;
+    one_set(&bpf, &folder(0))?;
     let began = Instant::now();
     let mut tried = (0, 0);
     let journeys = scale::third_of(JOURNEYS);
     for _ in 0..journeys {
-        for (binary, version) in [(&next, "v2/"), (&this, "v1/")] {
+        for (binary, version) in [(&next, folder(1)), (&this, folder(0))] {
             let denied = fx.place().status()?.denied("alpha", None)?;
             let traffic = Traffic::start(fx.actor("alpha")?, fx.actor("alpha")?, 4000)?;
             fx.daemon.kill()?;
@@ -173,7 +179,7 @@ fn there_and_back(ctx: &mut Ctx) -> Result<()> {
             tried = (tried.0 + passed.0, tried.1 + passed.1);
             let now = fx.place().status()?.denied("alpha", None)?;
             expect("denied attempts", now, denied + u64::try_from(passed.1)?)?;
-            one_set(&bpf, version)?;
+            one_set(&bpf, &version)?;
             in_force_after(&mut fx, &mut actor, own)?;
         }
     }
@@ -220,10 +226,10 @@ fn killed_at_any_moment(ctx: &mut Ctx) -> Result<()> {
         several += usize::from(sets(&bpf)?.len() > 1);
     }
     claim(several > 0, || "no kill fell into a change".to_owned())?;
-    for (binary, version) in [(&this, "v1/"), (&next, "v2/"), (&this, "v1/")] {
+    for (binary, version) in [(&this, folder(0)), (&next, folder(1)), (&this, folder(0))] {
         fx.daemon.kill()?;
         fx.daemon.restart_as(binary, &[])?;
-        one_set(&bpf, version)?;
+        one_set(&bpf, &version)?;
     }
     let now = fx.place().status()?.denied("alpha", None)?;
     expect("denied attempts", now, denied + u64::try_from(refused)?)?;
@@ -243,11 +249,11 @@ fn several_sets(ctx: &mut Ctx) -> Result<()> {
     let denied = fx.place().status()?.denied("alpha", None)?;
     fx.daemon.kill()?;
     // As one that was killed before it had filled its own.
-    fs::create_dir(bpf.join("v1/maps-2"))?;
+    fs::create_dir(bpf.join(format!("{}maps-2", folder(0))))?;
     let traffic = Traffic::start(fx.actor("alpha")?, fx.actor("alpha")?, 3000)?;
     fx.daemon.restart()?;
     let refused = u64::try_from(traffic.end()?.1)?;
-    expect("sets", sets(&bpf)?, vec!["v1/maps-3".to_owned()])?;
+    expect("sets", sets(&bpf)?, vec![format!("{}maps-3", folder(0))])?;
     let now = fx.place().status()?.denied("alpha", None)?;
     expect("denied attempts", now, denied + refused)?;
     in_force_after(&mut fx, &mut actor, own)?;
@@ -339,7 +345,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
         },
     );
     claim(failed.is_err(), || "it fits".to_owned())?;
-    expect("sets", sets(&bpf)?, vec!["v1/maps".to_owned()])?;
+    expect("sets", sets(&bpf)?, vec![format!("{}maps", folder(0))])?;
     let drifts = enforcer.inspect();
     claim(drifts.is_empty(), || format!("{drifts:?}"))?;
 
@@ -351,7 +357,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
         changed,
         ["alpha", "b", "c", "d"].map(str::to_owned).to_vec(),
     )?;
-    expect("sets", sets(&bpf)?, vec!["v1/maps-2".to_owned()])?;
+    expect("sets", sets(&bpf)?, vec![format!("{}maps-2", folder(0))])?;
     let drifts = enforcer.inspect();
     claim(drifts.is_empty(), || format!("{drifts:?}"))?;
     expect("index", enforcer.index_of("alpha"), Some(alpha))?;
@@ -372,7 +378,7 @@ fn outgrown(ctx: &mut Ctx) -> Result<()> {
     enforcer.attribute(&[(cgroup.id()?, "alpha")])?;
     enforcer.fence(&ctx.root(), root.path())?;
     enforcer.settle_in()?;
-    expect("sets", sets(&bpf)?, vec!["v1/maps-2".to_owned()])?;
+    expect("sets", sets(&bpf)?, vec![format!("{}maps-2", folder(0))])?;
     let again = enforcer.counters(alpha).context("no counters")?;
     expect("counters", again, counters)?;
     expect("birth of the counters", enforcer.born(), born)?;
@@ -399,7 +405,7 @@ fn reload_outgrows(ctx: &mut Ctx) -> Result<()> {
     expect("exit code of remit reload", said.code, 0).with_context(|| said.stderr.clone())?;
     let refused = u64::try_from(traffic.end()?.1)?;
     let found = sets(&bpf)?;
-    claim(found.len() == 1 && found != ["v1/maps"], || {
+    claim(found.len() == 1 && found != [format!("{}maps", folder(0))], || {
         format!("sets of maps: {found:?}")
     })?;
     let now = fx.place().status()?.denied("alpha", None)?;
@@ -439,9 +445,9 @@ fn left_behind(ctx: &mut Ctx) -> Result<()> {
         denies()?;
     }
     // Also into another set.
-    fs::create_dir(bpf.join("v1/maps-9"))?;
+    fs::create_dir(bpf.join(format!("{}maps-9", folder(0))))?;
     let mut enforcer = start(&[(&ctx.root(), &root)])?;
-    expect("sets", sets(&bpf)?, vec!["v1/maps-10".to_owned()])?;
+    expect("sets", sets(&bpf)?, vec![format!("{}maps-10", folder(0))])?;
     denies()?;
     let counted = enforcer.counters(0).context("no counters")?;
     expect("denied", counted.denied.iter().sum::<u64>(), 5)?;

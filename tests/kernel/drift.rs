@@ -5,7 +5,7 @@
 use std::{fs, path::PathBuf, thread::sleep, time::Duration};
 
 use agent_ebpf::abi::{
-    Addr, AgentRow, Class, Effect, Hook, Loopback, Mode, NEVER, Question, Rule, RuleSet, ScopeKey,
+    ABI_VERSION, Addr, AgentRow, Class, Effect, Hook, Loopback, Mode, NEVER, Question, Rule, RuleSet, ScopeKey,
     State,
 };
 use anyhow::{Context as _, Result, bail};
@@ -217,14 +217,14 @@ const CHANGES: &[Change] = &[
     },
     Change {
         name: "a_pin_of_a_map_taken_away",
-        make: |world| Ok(fs::remove_file(world.pins.join("v1/maps/rows"))?),
+        make: |world| Ok(fs::remove_file(world.version().join("maps/rows"))?),
         finds: ("missing", "pin of map rows"),
     },
     Change {
         name: "a_pin_of_a_program_taken_away",
         make: |world| {
             Ok(fs::remove_file(
-                world.pins.join("v1/programs/remit_egress"),
+                world.version().join("programs/remit_egress"),
             )?)
         },
         finds: ("missing", "pin of program remit_egress"),
@@ -382,13 +382,18 @@ impl World {
         Ok(enforcer)
     }
 
+    /// The folder of the version's pins.
+    fn version(&self) -> PathBuf {
+        self.pins.join(format!("v{ABI_VERSION}"))
+    }
+
     fn map(&self, name: &str) -> Result<Pinned> {
-        let path = self.pins.join("v1/maps").join(name);
+        let path = self.version().join("maps").join(name);
         Pinned::open(&path).with_context(|| format!("cannot open {}", path.display()))
     }
 
     fn link_pin(&self, program: &str) -> PathBuf {
-        let links = self.pins.join("v1/links").join(pin_name(&self.name));
+        let links = self.version().join("links").join(pin_name(&self.name));
         links.join(program)
     }
 
@@ -612,7 +617,7 @@ fn restart_mends(ctx: &mut Ctx) -> Result<()> {
 
 /// A start that had to build a set left one; the cases here look for it by its first name.
 fn back_to_one_set(world: &World) -> Result<()> {
-    let version = world.pins.join("v1");
+    let version = world.version();
     for stem in ["maps", "programs"] {
         let mut found: Vec<PathBuf> = fs::read_dir(&version)?
             .filter_map(|entry| Some(entry.ok()?.path()))

@@ -12,8 +12,8 @@ use agent_ebpf::abi::{
     Addr, Budget, Event, FOLD_NANOS, FOLD_SLOTS, Fold, Hook, OWNERS, Owner, REASONS, Verdict,
 };
 use aya_ebpf::helpers::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-    generated::bpf_get_smp_processor_id,
+    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+    generated::{bpf_get_current_comm, bpf_get_smp_processor_id},
 };
 
 use super::{
@@ -79,9 +79,17 @@ fn remember(cookie: u64, addr: &Addr, port: u16, connected: u8) {
 /// elsewhere nobody runs it.
 #[inline(never)]
 fn name_at_birth(owner: *mut Owner) {
-    let comm = bpf_get_current_comm().unwrap_or([0; 16]);
-    set!(owner.comm = comm);
     set!(owner.uid = bpf_get_current_uid_gid() as u32);
+    // SAFETY: a field of a checked map value of 16 bytes.
+    current_comm(unsafe { &raw mut (*owner).comm });
+}
+
+/// Writes the running task's name where it belongs: through a copy, the frames of a way to here
+/// would be more than the 512 bytes that Linux 6.1 has for all of them.
+#[inline(always)]
+fn current_comm(place: *mut [u8; 16]) {
+    // SAFETY: a valid place of that size. A task that has no name leaves zeroes.
+    let _unnamed = unsafe { bpf_get_current_comm(place.cast(), 16) };
 }
 
 /// The running task's process id.
@@ -113,7 +121,7 @@ pub fn report(event: &mut Event, naming: Naming) {
     if fold(event) && within_budget(event.agent, event.time) {
         if naming == Naming::Current {
             event.uid = bpf_get_current_uid_gid() as u32;
-            event.comm = bpf_get_current_comm().unwrap_or([0; 16]);
+            current_comm(&raw mut event.comm);
         }
         // A full ring drops the record; the counter below still tells.
         let _dropped = EVENTS.output::<Event>(&*event, wake(event.time));
