@@ -61,11 +61,11 @@ shared! {
     /// Value of `cache`: the verdicts that share a place. Two, or of a few dozen live destinations
     /// some pair would always be in each other's way.
     pub struct Slots {
-        /// Remembered allows.
+        /// Remembered verdicts.
         pub slots: [Slot; 2],
     }
 
-    /// One remembered allow.
+    /// One remembered allow, or refusal.
     pub struct Slot {
         /// The cgroup that asked; 0 is an empty slot.
         pub cgroup: u64,
@@ -84,10 +84,11 @@ shared! {
         /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
         /// between, on the CPU that owns the slot.
         pub sequence: u32,
-        /// IP protocol and, in the lower half, the peer's port.
+        /// IP protocol and, in the lower half, the peer's port; the highest bit says that this is a
+        /// refusal.
         pub flow: u32,
-        /// Zero.
-        pub pad: u32,
+        /// Of a refusal: the count of leases at the time, its lower half.
+        pub leases: u32,
     }
 
     /// Value of `homes`, per CPU: whose a cgroup was found to be.

@@ -207,7 +207,14 @@ fn remember(packet: &Packet, who: &Who, until: u64) {
         port: packet.port,
         protocol: packet.protocol,
     };
-    cache::remember(&question, who.agent, who.word, who.epoch, who.now, until);
+    let basis = cache::Basis {
+        agent: who.agent,
+        leases: 0,
+        word: who.word,
+        epoch: who.epoch,
+        now: who.now,
+    };
+    cache::remember(&question, &basis, until);
 }
 
 /// For debugging; a function of its own for the sake of the stack.

@@ -21,9 +21,10 @@ use aya_ebpf::{
 #[map(name = "claims")]
 pub static CLAIMS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
 
-/// One word: goes up when an attribution changes, which makes every cached verdict stale.
+/// Two words. The first goes up when an attribution changes, which makes every cached verdict
+/// stale; the second when a lease is added, which makes cached refusals stale.
 #[map(name = "epoch")]
-pub static EPOCH: Array<u64> = Array::with_max_entries(1, 0);
+pub static EPOCH: Array<u64> = Array::with_max_entries(2, 0);
 
 /// Agent to its word: the index of its row and a generation. One aligned store flips an agent to
 /// a new state, so no hook ever sees half of one. Set at load.
@@ -154,6 +155,16 @@ pub fn epoch() -> u64 {
     match EPOCH.get_ptr(0) {
         // SAFETY: a checked map value; volatile, for the daemon may store at any time.
         Some(epoch) => unsafe { epoch.read_volatile() },
+        None => 0,
+    }
+}
+
+/// The count of leases ever added, its lower half.
+#[inline(always)]
+pub fn leases() -> u32 {
+    match EPOCH.get_ptr(1) {
+        // SAFETY: as above.
+        Some(leases) => unsafe { leases.read_volatile() as u32 },
         None => 0,
     }
 }

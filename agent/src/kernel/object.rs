@@ -101,7 +101,7 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
     use MapType::{Array, Hash, LpmTrie, PerCpuArray, RingBuf, SkStorage};
     [
         map("claims", Hash, 8, 4, capacity.claims),
-        map("epoch", Array, 4, 8, 1),
+        map("epoch", Array, 4, 8, 2),
         map("agents", Array, 4, 8, capacity.agents),
         map("names", Array, 4, size_of::<AgentName>(), capacity.agents),
         map("rows", Array, 4, size_of::<AgentRow>(), capacity.rows),
