@@ -13,8 +13,19 @@ use std::{
 use super::settings::{Paths, Settings};
 use crate::policy::{Names, Source, SourceKind};
 
-/// The longest file, in bytes. Set files of a hundred thousand prefixes are about half of it.
-pub const MAX_FILE: u64 = 4 << 20;
+/// The longest file of an agent or of the floor, in bytes. A hundred thousand grants, each with a
+/// short reason, are about a quarter of it.
+pub const MAX_FILE: u64 = 32 << 20;
+/// The longest file of a set. A million prefixes, each with a short reason, are about two thirds.
+pub const MAX_SET: u64 = 128 << 20;
+
+/// The longest file of this kind.
+const fn longest(kind: SourceKind) -> u64 {
+    match kind {
+        SourceKind::Set => MAX_SET,
+        SourceKind::Agent | SourceKind::Floor => MAX_FILE,
+    }
+}
 
 /// What was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -175,7 +186,7 @@ impl Registry {
         if known || self.unread.iter().any(|unread| unread.path == path) {
             return;
         }
-        match read_text(path) {
+        match read_text(path, longest(kind)) {
             Ok(text) => self.sources.push(Source {
                 path: path.to_owned(),
                 text,
@@ -223,7 +234,7 @@ fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// A whole text file, within bounds. Symbolic links are followed, to a file and not in circles.
-fn read_text(path: &Path) -> io::Result<String> {
+fn read_text(path: &Path, longest: u64) -> io::Result<String> {
     // Not blocking: opening a pipe would wait for a writer, perhaps for ever.
     let file = OpenOptions::new()
         .read(true)
@@ -233,11 +244,11 @@ fn read_text(path: &Path) -> io::Result<String> {
         return Err(io::Error::other("not a regular file"));
     }
     let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE {
+    file.take(longest + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > longest {
         return Err(io::Error::other(format!(
             "longer than {} MiB",
-            MAX_FILE >> 20
+            longest >> 20
         )));
     }
     String::from_utf8(bytes).map_err(|error| {

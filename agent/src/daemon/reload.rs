@@ -7,6 +7,7 @@ use tracing::{error, info};
 use super::{
     core::{Core, all, capacity, selectors, stance},
     force::{self, Unusable},
+    laps::Laps,
     registry, selftest,
     time::wall_millis,
 };
@@ -57,10 +58,14 @@ impl Core {
     }
 
     fn try_reload(&mut self) -> Result<Changed, String> {
+        let mut laps = Laps::start();
         self.read_holds();
+        laps.done("holds");
         let files = registry::read(&self.settings.paths);
+        laps.done("files");
         let names = registry::names(&self.settings);
         let compiled = policy::compile_on(&files.sources, wall_millis(), names);
+        laps.done("compile");
         let next = force::merge(
             &files,
             compiled,
@@ -69,21 +74,28 @@ impl Core {
             stance(&self.settings),
         )
         .map_err(|unusable: Unusable| unusable.to_string())?;
+        laps.done("merge");
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
         let images = next.images(&self.offset.clock());
+        laps.done("images");
         let changed = self.put_all(&images)?;
+        laps.done("tables");
         self.force = next;
         self.expect_endings();
         let followed = self.follow(&changed);
+        laps.done("follow");
         // All of them: what an agent that is gone has open is nobody's now.
         let closed = if changed.is_empty() {
             0
         } else {
             self.close_unreachable(None).closed as u64
         };
+        laps.done("connections");
         self.decide_loaded(closed);
         self.keep();
+        laps.done("keep");
+        tracing::debug!(message = "Reloaded.", took = %laps);
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
         Ok(Changed {
             agents: changed,
