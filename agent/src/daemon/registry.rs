@@ -318,6 +318,13 @@ mod tests {
         write(&at("binary.toml"), [b'a', 0xff]);
         write(&at("huge.toml"), vec![b'x'; MAX_FILE as usize + 1]);
         write(&at("largest.toml"), vec![b'x'; MAX_FILE as usize]);
+        // Holes need no disk.
+        let sets = folder.path().join("sets.d");
+        for (name, size) in [("most.toml", MAX_SET), ("more.toml", MAX_SET + 1)] {
+            fs::create_dir_all(&sets).unwrap();
+            let file = fs::File::create(sets.join(name)).unwrap();
+            file.set_len(size).unwrap();
+        }
         fs::create_dir(at("folder.toml")).unwrap();
         symlink("loop.toml", at("loop.toml")).unwrap();
         symlink("nowhere", at("dangling.toml")).unwrap();
@@ -327,15 +334,16 @@ mod tests {
 
         let registry = read(&paths);
         let read: Vec<_> = registry.sources.iter().map(Source::stem).collect();
-        assert_eq!(read, ["good", "largest", "linked", "floor"]);
+        assert_eq!(read, ["good", "largest", "linked", "most", "floor"]);
         let unread: Vec<_> = registry.unread.iter().map(ToString::to_string).collect();
         let expected = [
             ("binary.toml", "not UTF-8 at byte 1"),
             ("dangling.toml", "No such file"),
             ("folder.toml", "not a regular file"),
-            ("huge.toml", "longer than 4 MiB"),
+            ("huge.toml", "longer than 32 MiB"),
             ("loop.toml", "symbolic links"),
             ("pipe.toml", "not a regular file"),
+            ("more.toml", "longer than 128 MiB"),
         ];
         assert_eq!(unread.len(), expected.len(), "{unread:?}");
         for (line, (name, why)) in unread.iter().zip(expected) {
