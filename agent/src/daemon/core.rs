@@ -58,6 +58,8 @@ pub struct Core {
     pub(super) audit: Trail,
     adopted: bool,
     laps: Laps,
+    /// What the compiler remembers of the registry in force.
+    pub(super) memory: policy::Memory,
 }
 
 /// At least the room that there is.
@@ -115,7 +117,8 @@ impl Core {
         let files = registry::read(&settings.paths);
         laps.done("files");
         let names = registry::names(settings);
-        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
+        let mut memory = policy::Memory::default();
+        let compiled = memory.compile(&files.sources, wall_millis(), names);
         laps.done("compile");
         let enforcement = &settings.enforcement;
         let force = force::start(
@@ -207,6 +210,7 @@ impl Core {
             drift: DriftBook::default(),
             damage: loaded.damage,
             laps,
+            memory,
         };
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
@@ -222,7 +226,7 @@ impl Core {
             warn!(message = "The maps of before could not be removed yet.", %error);
         }
         core.laps.done("fence");
-        core.self_test(None).map_err(DaemonError::SelfTest)?;
+        core.self_test(None, None).map_err(DaemonError::SelfTest)?;
         core.laps.done("self-test");
         Ok(core)
     }
