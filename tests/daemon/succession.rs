@@ -281,7 +281,8 @@ fn images(ctx: &Ctx, agents: &[Agent]) -> Result<Vec<Image>> {
     if compiled.findings.iter().any(|finding| finding.is_error()) {
         bail!("{:?}", compiled.findings);
     }
-    let all = std::iter::once(&compiled.unregistered).chain(&compiled.agents);
+    let all =
+        std::iter::once(&compiled.unregistered).chain(compiled.agents.iter().map(AsRef::as_ref));
     Ok(all.map(|tables| image(tables, &clock)).collect())
 }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use agent_ebpf::abi::ABI_VERSION;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options,
@@ -11,6 +11,7 @@ use super::{
     evidence,
     force::{self, Force, Stance},
     keeping::clocks_before,
+    laps::Laps,
     lock::RootLock,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
@@ -56,6 +57,9 @@ pub struct Core {
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
+    laps: Laps,
+    /// What the compiler remembers of the registry in force.
+    pub(super) memory: policy::Memory,
 }
 
 /// At least the room that there is.
@@ -104,13 +108,18 @@ impl Core {
         if settings.enforcement.containment == Containment::Require {
             return Err(DaemonError::Containment);
         }
+        let mut laps = Laps::start();
         let hierarchy = hierarchy(settings)?;
         let mut store = Store::open(&settings.paths.state, &settings.paths.registry);
         let loaded = store.load(wall_millis());
         let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
+        laps.done("state");
         let files = registry::read(&settings.paths);
+        laps.done("files");
         let names = registry::names(settings);
-        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
+        let mut memory = policy::Memory::default();
+        let compiled = memory.compile(&files.sources, wall_millis(), names);
+        laps.done("compile");
         let enforcement = &settings.enforcement;
         let force = force::start(
             &files,
@@ -119,7 +128,9 @@ impl Core {
             &loaded.holds,
             stance(settings),
         )?;
+        laps.done("merge");
         let images = force.images(&offset.clock());
+        laps.done("images");
 
         let tuning = Tuning {
             kernel_log: options.kernel_log,
@@ -138,6 +149,7 @@ impl Core {
         }
         let mut enforcer =
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
+        laps.done("load");
         let adopted = enforcer.born_before_us();
         match enforcer.apply(&images) {
             Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
@@ -145,6 +157,7 @@ impl Core {
             }
             applied => drop(applied?),
         }
+        laps.done("tables");
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -170,6 +183,7 @@ impl Core {
         if adopted {
             resume(&mut recorder, &enforcer, &violations);
         }
+        laps.done("logs");
 
         let selectors = Arc::new(selectors(&force, &enforcer)?);
         let mut core = Self {
@@ -195,12 +209,15 @@ impl Core {
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
             damage: loaded.damage,
+            laps,
+            memory,
         };
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
         }
         core.expect_endings();
         core.attribute()?;
+        core.laps.done("cgroups");
         for root in core.roots.clone() {
             let directory = core.hierarchy.directory(&root);
             core.enforcer.fence(&root.to_string(), &directory)?;
@@ -208,7 +225,9 @@ impl Core {
         if let Err(error) = core.enforcer.settle_in() {
             warn!(message = "The maps of before could not be removed yet.", %error);
         }
-        core.self_test(None).map_err(DaemonError::SelfTest)?;
+        core.laps.done("fence");
+        core.self_test(None, None).map_err(DaemonError::SelfTest)?;
+        core.laps.done("self-test");
         Ok(core)
     }
 
@@ -255,9 +274,13 @@ impl Core {
         let damage = std::mem::take(&mut self.damage);
         self.damaged(&damage);
         self.watch_lead(true);
+        self.laps.done("trail and sockets");
         self.keep();
+        self.laps.done("keep");
         // What was in force before may have granted more.
         self.close_unreachable(None);
+        self.laps.done("connections");
+        debug!(message = "Started.", took = %self.laps);
     }
 
     /// Writes the end down. The fence stays.

@@ -334,7 +334,7 @@ impl Core {
             self.force.revision,
             super::core::all(&self.force),
         );
-        if let Err(why) = self.self_test(Some(&[id.to_owned()])) {
+        if let Err(why) = self.self_test(Some(&[id.to_owned()]), None) {
             warn!(message = "The self-test fails.", why);
             self.problems
                 .insert("self-test", format!("the self-test fails: {why}"));

@@ -19,6 +19,7 @@ mod evidence;
 mod files;
 pub mod force;
 mod keeping;
+mod laps;
 mod lifecycle;
 mod lock;
 mod reconcile;

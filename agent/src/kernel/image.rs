@@ -36,6 +36,26 @@ pub struct Found<'a> {
 }
 
 impl Image {
+    /// Whether `row` and `found` are this image, and in its order; the policy's number is not
+    /// compared. Where this is false, [`Self::differences`] tells why, if there is a reason.
+    pub fn is_in_order<'a>(
+        &self,
+        row: &AgentRow,
+        mut found: impl Iterator<Item = Found<'a>>,
+    ) -> bool {
+        let reach = self.reach.iter().map(|placed| (false, placed));
+        let mut wanted = reach.chain(self.serve.iter().map(|placed| (true, placed)));
+        same_row(row, &self.row)
+            && wanted.all(|(serve, (prefix, rules))| {
+                found.next().is_some_and(|found| {
+                    found.serve == serve
+                        && found.prefix == *prefix
+                        && found.rules.is_some_and(|found| same_rules(found, rules))
+                })
+            })
+            && found.next().is_none()
+    }
+
     /// How `row` and `found` differ from this image, in words; nothing when they do not. The
     /// policy's number is not compared.
     pub fn differences<'a>(
@@ -212,6 +232,19 @@ mod tests {
         };
         let none: Vec<String> = Vec::new();
         assert_eq!(image.differences(&row, found(&image).into_iter()), none);
+        assert!(!image.is_in_order(&row, found(&image).into_iter()));
+        let mut in_order = found(&image);
+        in_order.sort_by_key(|found| (found.serve, found.prefix.bits(), found.prefix.len));
+        assert!(image.is_in_order(&row, in_order.iter().copied()));
+        assert!(!image.is_in_order(&row, in_order.iter().copied().take(2)));
+        let more = in_order.iter().chain(in_order.last()).copied();
+        assert!(!image.is_in_order(&row, more));
+        let other = AgentRow { flags: 1, ..row };
+        assert!(!image.is_in_order(&other, in_order.iter().copied()));
+        for found in &mut in_order {
+            found.rules = None;
+        }
+        assert!(!image.is_in_order(&row, in_order.iter().copied()));
     }
 
     #[test]

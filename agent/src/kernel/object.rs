@@ -3,6 +3,8 @@
 use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use agent_ebpf::abi::{
@@ -68,6 +70,17 @@ pub const HOOKS: [Expected; 6] = [
 
 /// The unattached program that answers questions.
 pub const JUDGE: &str = "remit_judge";
+
+/// All programs of the object, those that the verifier takes longest for first.
+const LOADED: [&str; 7] = [
+    "remit_egress",
+    JUDGE,
+    "remit_connect4",
+    "remit_connect6",
+    "remit_create",
+    "remit_bind4",
+    "remit_bind6",
+];
 
 /// A map: name, size of key and value in the kernel, entries.
 #[derive(Clone, Copy, Debug)]
@@ -250,17 +263,54 @@ pub fn load(
             })?;
         check(shape, &info)?;
     }
-    for expected in &HOOKS {
-        load_program(&mut ebpf, expected.program)?;
-    }
-    load_program(&mut ebpf, JUDGE)?;
+    load_programs(&mut ebpf)?;
     Ok(ebpf)
 }
 
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), OpenError> {
-    let program = ebpf
-        .program_mut(name)
-        .ok_or(OpenError::HookMissing { program: name })?;
+/// Has the kernel verify and compile the programs, as many at a time as there are processors: it
+/// takes nearly all of the time of a start. The verifier takes no lock for privileged callers.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), OpenError> {
+    let mut waiting: Vec<(&'static str, &mut Program)> = Vec::new();
+    for (name, program) in ebpf.programs_mut() {
+        let known = LOADED.iter().find(|known| **known == name);
+        waiting.extend(known.map(|known| (*known, program)));
+    }
+    if let Some(missing) = LOADED
+        .iter()
+        .find(|known| waiting.iter().all(|(name, _)| name != *known))
+    {
+        return Err(OpenError::HookMissing { program: missing });
+    }
+    // The longest first, from the end.
+    let rank = |name: &str| LOADED.iter().position(|known| *known == name);
+    waiting.sort_by_key(|(name, _)| std::cmp::Reverse(rank(name)));
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let workers = workers.min(waiting.len());
+    let queue = Mutex::new(waiting);
+    let work = || {
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let Some((name, program)) = next else {
+                return Ok(());
+            };
+            load_program(program, name)?;
+        }
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+        let own = work();
+        let all = others.into_iter().map(|other| {
+            other.join().unwrap_or_else(|_| {
+                Err(OpenError::SelfTest(
+                    "loading the programs failed".to_owned(),
+                ))
+            })
+        });
+        all.fold(own, Result::and)
+    })
+}
+
+fn load_program(program: &mut Program, name: &'static str) -> Result<(), OpenError> {
     let loaded = match program {
         Program::CgroupSkb(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),

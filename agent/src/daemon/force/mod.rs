@@ -123,8 +123,8 @@ pub fn merge(
         let known = before.and_then(|before| before.agents.get(&tables.id));
         let id = tables.id.clone();
         let entry = match known {
-            Some(known) if *known.entry == tables => Arc::clone(&known.entry),
-            Some(_) | None => Arc::new(tables),
+            Some(known) if known.entry == tables => Arc::clone(&known.entry),
+            Some(_) | None => tables,
         };
         let mut hold = holds.get(&id).cloned();
         if hold.as_ref().is_some_and(|hold| hold.lifted_by(&entry)) {

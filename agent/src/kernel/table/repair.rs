@@ -41,7 +41,7 @@ impl Tables {
                     agents.push(agent);
                     Ok(())
                 }
-                Spot::Word(agent) => put("agents", &mut self.agents, agent, 0).map_err(said),
+                Spot::Word(agent) => put("agents", &self.agents, agent, 0).map_err(said),
                 Spot::Row(_) => Ok(()),
                 Spot::Name(agent) => self.rename(agent).map_err(said),
                 Spot::Key(SpotKey(place)) => {
@@ -109,12 +109,12 @@ impl Tables {
             Err(ApplyError::Full { .. }) => self.make_room(agent, &image)?,
             Err(error) => return Err(said(error)),
         };
-        self.flip(agent, installed).map_err(said)
+        self.flip(vec![(agent, installed)]).map_err(said)
     }
 
     /// Where there is no room for both, the agent is denied while the new replaces the old.
     fn make_room(&mut self, agent: u32, image: &Image) -> Result<super::Installed, String> {
-        put("agents", &mut self.agents, agent, 0).map_err(said)?;
+        put("agents", &self.agents, agent, 0).map_err(said)?;
         sys::await_running_programs();
         thread::sleep(PROGRAM);
         if let Some(old) = self.in_force.remove(&agent) {
@@ -153,7 +153,7 @@ impl Tables {
             Some(id) => name_bytes(id),
             None => AgentName::zeroed(),
         };
-        put("names", &mut self.names, agent, name)
+        put("names", &self.names, agent, name)
     }
 }
 
