@@ -156,7 +156,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     };
     let mut inner = attempt.addr;
     if embedded(&attempt.addr, &mut inner) != 0 {
-        find(
+        let _ = find(
             rules,
             row.policy,
             &inner,
@@ -178,7 +178,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     }
 
     let mut expired = NO_ENTRY;
-    find(
+    let _ = find(
         rules,
         row.policy,
         &attempt.addr,
@@ -217,7 +217,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         && attempt.tcp_flags & (SYN | ACK) != SYN
     {
         let asked = asked(class, attempt.local_port);
-        find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
+        let _ = find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
         if found.effect == BROKEN {
             return Decision::Fault(Cause::NoRuleSet);
         }
@@ -313,8 +313,11 @@ const fn asked(class: u8, port: u16) -> u64 {
 
 /// Finds the rule for an address, class and port. A function of its own, all of whose ways out
 /// look the same to the verifier. The chain and each block are bounded, so that it can walk them.
+///
+/// The number that it returns says nothing: without one the compiler may leave an address of the
+/// stack in the register for it, which Linux 6.1 refuses.
 #[inline(never)]
-fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
+fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) -> u32 {
     let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
     if let Some(leaf) = rules.rule_set_for(space, addr) {
         effect = BROKEN;
@@ -345,6 +348,7 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
     found.effect = hide8(effect);
     found.entry = hide32(entry);
     found.deadline = hide(deadline);
+    hide32(0)
 }
 
 /// One bit for each rule of a block that matches: at most one is set, and never that of an unused
