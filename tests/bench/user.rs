@@ -3,6 +3,7 @@
 //! JSON line a figure.
 
 use std::{
+    collections::BTreeMap,
     fs,
     process::{Command, ExitCode, Stdio},
     thread::sleep,
@@ -230,9 +231,10 @@ fn registry(ctx: &Ctx, effort: &Effort, large: &Large) -> Result<()> {
             &cold.collect::<Vec<_>>(),
         )?;
     }
-    let (resident, maps) = memory(daemon.pid()?)?;
-    figure(about, "resident", "MiB", &[resident])?;
-    figure(about, "maps in the kernel", "MiB", &[maps])?;
+    let taken = memory(daemon.pid()?)?;
+    figure(about, "resident", "MiB", &[taken.resident])?;
+    figure(about, "of it the daemon's own", "MiB", &[taken.own])?;
+    figure(about, "maps in the kernel", "MiB", &[taken.maps])?;
 
     let mut changes = Vec::new();
     for number in 0..effort.reloads {
@@ -259,8 +261,8 @@ fn registry(ctx: &Ctx, effort: &Effort, large: &Large) -> Result<()> {
         let all: Vec<f64> = reloads.iter().filter_map(|laps| lap(laps, stage)).collect();
         figure(about, &format!("reload: {what}"), "ms", &all)?;
     }
-    let (resident, _) = memory(daemon.pid()?)?;
-    figure(about, "resident after reloads", "MiB", &[resident])?;
+    let taken = memory(daemon.pid()?)?;
+    figure(about, "the daemon's own after reloads", "MiB", &[taken.own])?;
 
     let mut compared = Vec::new();
     for _ in 0..effort.starts {
@@ -303,27 +305,39 @@ fn lap(laps: &str, step: &str) -> Option<f64> {
         .find_map(|lap| lap.strip_prefix(step)?.trim().parse().ok())
 }
 
-/// Resident memory of a process, and what the maps that it holds take in the kernel, in MiB.
-fn memory(pid: u32) -> Result<(f64, f64)> {
+/// What a process takes, in MiB.
+struct Memory {
+    /// Resident, with the ring, which is mapped twice, and the program's own text.
+    resident: f64,
+    /// Of it what is the process's alone.
+    own: f64,
+    /// Of the kernel, by the maps that it holds.
+    maps: f64,
+}
+
+fn memory(pid: u32) -> Result<Memory> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let resident = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next())
-        .and_then(|kib| kib.parse::<f64>().ok())
-        .context("no VmRSS")?;
-    let mut maps = std::collections::BTreeMap::new();
+    let mib = |name: &str| -> Result<f64> {
+        let mut lines = status.lines();
+        let kib = lines.find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
+        Ok(kib.with_context(|| format!("no {name}"))?.parse::<f64>()? / 1024.0)
+    };
+    let mut maps = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))?.filter_map(Result::ok) {
         let info = fs::read_to_string(entry.path()).unwrap_or_default();
         let field = |name: &str| {
             info.lines()
-                .find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
+                .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
         };
         if let (Some(id), Some(bytes)) = (field("map_id:"), field("memlock:")) {
-            maps.insert(id as u64, bytes);
+            maps.insert(id, bytes);
         }
     }
-    let maps: f64 = maps.values().sum();
-    Ok((resident / 1024.0, maps / f64::from(1 << 20)))
+    Ok(Memory {
+        resident: mib("VmRSS:")?,
+        own: mib("RssAnon:")?,
+        maps: maps.values().sum::<u64>() as f64 / f64::from(1 << 20),
+    })
 }
 
 /// The share of one processor that a process takes while something is done, in percent.
@@ -405,7 +419,7 @@ fn flood(
         made = actor.ask(&op)?.value;
         Ok(())
     })?;
-    let (resident, _) = memory(pid)?;
+    let taken = memory(pid)?;
     fx.reconcile("alpha")?;
     expect(
         "the kernel's counter",
@@ -419,7 +433,7 @@ fn flood(
     figure(&about, "lines a second", "", &[lines as f64 / seconds])?;
     figure(&about, "attempts in no line's count", "", &[0.0])?;
     figure(&about, "processor", "%", &[share])?;
-    figure(&about, "resident", "MiB", &[resident])
+    figure(&about, "the daemon's own memory", "MiB", &[taken.own])
 }
 
 /// `remit run --policy` beside no fence: to the command's own first instruction, and to the end.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home, OWNERS, Owner,
-    Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home,
+    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
