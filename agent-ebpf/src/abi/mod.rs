@@ -67,6 +67,7 @@ pub const FINGERPRINT: u64 = {
         size_of::<Rule>(),
         core::mem::offset_of!(Rule, entry),
         core::mem::offset_of!(Rule, effect),
+        size_of::<Leaf>(),
         size_of::<RuleSet>(),
         size_of::<AgentRow>(),
         core::mem::offset_of!(AgentRow, state),

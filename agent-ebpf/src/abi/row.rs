@@ -8,7 +8,8 @@ shared! {
     pub struct Rule {
         /// Boot time in nanoseconds from which an allow is `expired`; [`super::NEVER`] without end.
         pub deadline: u64,
-        /// Index of the registry entry that it comes from, in the agent's own numbering.
+        /// Index of the registry entry that it comes from, in the agent's own numbering; or
+        /// [`super::INHERITED`].
         pub entry: u32,
         /// First port.
         pub low: u16,
@@ -20,6 +21,15 @@ shared! {
         pub effect: u8,
         /// Zero.
         pub pad: [u8; 6],
+    }
+
+    /// Value of `exacts` and `prefixes`: what is said of an address.
+    pub struct Leaf {
+        /// The first block of its rules.
+        pub set: u32,
+        /// The registry entry of those of its rules that have none of their own: thousands of
+        /// addresses with equal rules then share one block, though their entries are many.
+        pub entry: u32,
     }
 
     /// Value of `rulesets`: a block of rules. Immutable once published.

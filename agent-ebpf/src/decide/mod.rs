@@ -31,8 +31,8 @@ pub mod socket;
 use crate::verifier::{hide, hide8, hide32, opaque};
 
 use crate::abi::{
-    Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
-    NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, INHERITED, LOOPBACK_ENTRY, Leaf,
+    Loopback, Mode, NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -68,8 +68,8 @@ pub enum Peer {
 /// The tables, in the kernel or in memory.
 pub trait Rules {
     /// The rule set of the longest prefix of `addr` in `space` (an exact address is one of 128
-    /// bits): its index in the table.
-    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32>;
+    /// bits).
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<Leaf>;
     /// A block of rules.
     fn rule_set(&self, index: u32) -> Option<&RuleSet>;
     /// Whose socket a loopback attempt would reach. Asked only where the answer decides.
@@ -316,8 +316,9 @@ const fn asked(class: u8, port: u16) -> u64 {
 #[inline(never)]
 fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
     let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
-    if let Some(mut index) = rules.rule_set_for(space, addr) {
+    if let Some(leaf) = rules.rule_set_for(space, addr) {
         effect = BROKEN;
+        let mut index = leaf.set;
         for _ in 0..SETS_PER_ADDRESS {
             let Some(set) = rules.rule_set(index) else {
                 break;
@@ -329,6 +330,9 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
                 let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
                 let rule = &set.rules[at];
                 (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
+                if entry == INHERITED {
+                    entry = leaf.entry;
+                }
                 break;
             }
             if set.next == 0 {

@@ -7,9 +7,7 @@ use agent_ebpf::{
     verifier::{hide_addr, hide8, hide16, hide32},
 };
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::bpf_get_socket_cookie,
-    macros::cgroup_sock_addr,
+    EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 
@@ -192,9 +190,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
     };
     if ruling.cacheable != 0 {
         cache::remember(&question(attempt, who.cgroup), &basis, ruling.until);
-    } else if ruling.reason == Reason::OutOfScope as u8
-        && ruling.verdict == Verdict::Denied as u8
-    {
+    } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
         cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }
 }

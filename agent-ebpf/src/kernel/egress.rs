@@ -11,9 +11,7 @@ use agent_ebpf::{
 };
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{
-        generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id},
-    },
+    helpers::generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id},
     macros::cgroup_skb,
     programs::SkBuffContext,
 };

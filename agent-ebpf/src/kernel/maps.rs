@@ -6,7 +6,8 @@ use core::ffi::c_void;
 use agent_ebpf::{
     abi::{
         Addr, AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES,
-        Home, OWNERS, Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
+        Home, Leaf, OWNERS, Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS,
+        ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };
@@ -44,11 +45,11 @@ pub static ROWS: Array<AgentRow> = Array::with_max_entries(4096, 0);
 /// Exact addresses to rule sets: a hash look-up is a tenth of a cold LPM one. Not preallocated:
 /// most hosts use little of it. Set at load.
 #[map(name = "exacts")]
-pub static EXACTS: HashMap<ScopeKey, u32> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+pub static EXACTS: HashMap<ScopeKey, Leaf> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 
 /// Prefixes to rule sets; the scope's id comes first and must match in full. Set at load.
 #[map(name = "prefixes")]
-pub static PREFIXES: LpmTrie<ScopeKey, u32> = LpmTrie::with_max_entries(16384, 0);
+pub static PREFIXES: LpmTrie<ScopeKey, Leaf> = LpmTrie::with_max_entries(16384, 0);
 
 /// Rule sets, shared by all scopes that say the same of an address. Set at load.
 #[map(name = "rulesets")]
@@ -181,11 +182,11 @@ pub trait FindPeer {
 
 impl<P: FindPeer> Rules for Tables<P> {
     #[inline(always)]
-    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32> {
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<Leaf> {
         let key = ScopeKey { space, addr: *addr };
-        // SAFETY: the value is a plain integer, copied at once; an update replaces it whole.
-        if let Some(index) = unsafe { EXACTS.get(key) } {
-            return Some(*index);
+        // SAFETY: the value is plain data, copied at once; an update replaces it whole.
+        if let Some(leaf) = unsafe { EXACTS.get(key) } {
+            return Some(*leaf);
         }
         PREFIXES.get(Key::new(SPACE_BITS + 128, key)).copied()
     }

@@ -1,9 +1,9 @@
 //! What shall be in force for one agent, in the kernel's terms, and whether what is found there is
 //! the same. Pure.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
-use agent_ebpf::abi::{AgentRow, Loopback, Mode, NEVER, Rule, State};
+use agent_ebpf::abi::{AgentRow, INHERITED, Loopback, Mode, NEVER, NO_ENTRY, Rule, State};
 
 use crate::policy::tables::Prefix;
 
@@ -33,6 +33,8 @@ pub struct Found<'a> {
     pub prefix: Prefix,
     /// What.
     pub rules: Option<&'a [Rule]>,
+    /// The entry of those rules that have none of their own.
+    pub entry: u32,
 }
 
 impl Image {
@@ -48,9 +50,7 @@ impl Image {
         same_row(row, &self.row)
             && wanted.all(|(serve, (prefix, rules))| {
                 found.next().is_some_and(|found| {
-                    found.serve == serve
-                        && found.prefix == *prefix
-                        && found.rules.is_some_and(|found| same_rules(found, rules))
+                    found.serve == serve && found.prefix == *prefix && found.is(rules)
                 })
             })
             && found.next().is_none()
@@ -79,10 +79,10 @@ impl Image {
         }
         let (mut extra, mut other) = (0_usize, 0_usize);
         for found in found {
-            match (wanted.remove(&(found.serve, found.prefix)), found.rules) {
-                (None, _) => extra += 1,
-                (Some(wanted), Some(rules)) if same_rules(rules, wanted) => {}
-                (Some(_), _) => other += 1,
+            match wanted.remove(&(found.serve, found.prefix)) {
+                None => extra += 1,
+                Some(wanted) if found.is(wanted) => {}
+                Some(_) => other += 1,
             }
         }
         for (count, what) in [
@@ -98,12 +98,44 @@ impl Image {
     }
 }
 
-fn same_rules(found: &[Rule], wanted: &[Rule]) -> bool {
-    found.len() == wanted.len()
-        && found.iter().zip(wanted).all(|(found, wanted)| {
-            let deadline = wanted.deadline;
-            same_time(found.deadline, deadline) && Rule { deadline, ..*found } == *wanted
+impl Found<'_> {
+    /// Whether this is what is wanted here.
+    fn is(&self, wanted: &[Rule]) -> bool {
+        self.rules.is_some_and(|found| {
+            found.len() == wanted.len()
+                && found.iter().zip(wanted).all(|(found, wanted)| {
+                    let deadline = wanted.deadline;
+                    let found = with_entry(found, self.entry);
+                    same_time(found.deadline, deadline) && Rule { deadline, ..found } == *wanted
+                })
         })
+    }
+}
+
+/// A rule with the entry that it inherits.
+pub const fn with_entry(rule: &Rule, inherited: u32) -> Rule {
+    let entry = if rule.entry == INHERITED {
+        inherited
+    } else {
+        rule.entry
+    };
+    Rule { entry, ..*rule }
+}
+
+/// Rules as they are shared: those that are all of one entry leave it to the address.
+pub fn shared(rules: &[Rule]) -> (Cow<'_, [Rule]>, u32) {
+    match rules {
+        [first, ..]
+            if first.entry < INHERITED && rules.iter().all(|rule| rule.entry == first.entry) =>
+        {
+            let inheriting = rules.iter().map(|rule| Rule {
+                entry: INHERITED,
+                ..*rule
+            });
+            (inheriting.collect(), first.entry)
+        }
+        _ => (Cow::Borrowed(rules), NO_ENTRY),
+    }
 }
 
 fn same_row(found: &AgentRow, wanted: &AgentRow) -> bool {
@@ -217,6 +249,7 @@ mod tests {
                     serve,
                     prefix,
                     rules: rules.map(|(_, rules)| rules.as_slice()),
+                    entry: NO_ENTRY,
                 }
             })
             .collect()

@@ -102,7 +102,7 @@ impl Capacity {
         // them: so only what differs counts, twice and an eighth.
         let mut seen = HashSet::new();
         let blocks: usize = placed()
-            .filter(|(_, rules)| seen.insert(rules.as_slice()))
+            .filter(|(_, rules)| seen.insert(image::shared(rules).0))
             .map(|(_, rules)| rules.len().div_ceil(RULES_PER_SET).max(1))
             .sum();
         let blocks = blocks.saturating_mul(2) + blocks / 8;

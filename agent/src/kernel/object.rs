@@ -9,7 +9,7 @@ use std::{
 
 use agent_ebpf::abi::{
     AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home,
-    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    Leaf, OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -122,8 +122,14 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
         map("agents", Array, 4, 8, capacity.agents),
         map("names", Array, 4, size_of::<AgentName>(), capacity.agents),
         map("rows", Array, 4, size_of::<AgentRow>(), capacity.rows),
-        map("exacts", Hash, scope, 4, capacity.addresses),
-        map("prefixes", LpmTrie, 4 + scope, 4, capacity.prefixes),
+        map("exacts", Hash, scope, size_of::<Leaf>(), capacity.addresses),
+        map(
+            "prefixes",
+            LpmTrie,
+            4 + scope,
+            size_of::<Leaf>(),
+            capacity.prefixes,
+        ),
         map(
             "rulesets",
             Array,

@@ -5,7 +5,8 @@
 use std::collections::{HashMap, HashSet};
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, ROW_INDEX_BITS, RuleSet, SERVE, SETS_PER_ADDRESS, SPACE_BITS, UNREGISTERED,
+    AgentName, AgentRow, Leaf, ROW_INDEX_BITS, RuleSet, SERVE, SETS_PER_ADDRESS, SPACE_BITS,
+    UNREGISTERED,
 };
 
 use super::{ApplyError, Installed, Place, Tables, UNREGISTERED_ID, name_bytes};
@@ -106,7 +107,7 @@ impl Tables {
         let blocks = self.read_blocks()?;
         let mut owned = HashSet::new();
         let mut nobodys = Vec::new();
-        for (place, set) in self.read_places()? {
+        for (place, leaf) in self.read_places()? {
             if place.policy() < POLICY_BOUND {
                 self.next_policy = self.next_policy.max(place.policy() + 1);
             }
@@ -115,7 +116,8 @@ impl Tables {
                 nobodys.push(place);
                 continue;
             };
-            installed.entries.push((place, set));
+            installed.entries.push((place, leaf));
+            let set = leaf.set;
             self.count(place, 1);
             if !self.sets.holds(set) {
                 let chain = self.chain(&blocks, set);
@@ -137,15 +139,15 @@ impl Tables {
             })
     }
 
-    /// Every key of the scope maps, with the set that it points to.
-    pub(super) fn read_places(&self) -> Result<Vec<(Place, u32)>, ApplyError> {
+    /// Every key of the scope maps, with what it points to.
+    pub(super) fn read_places(&self) -> Result<Vec<(Place, Leaf)>, ApplyError> {
         let mut found = Vec::new();
-        let exacts = self.exacts.each(|key, set| {
-            found.push((Place { key, bits: None }, set));
+        let exacts = self.exacts.each(|key, leaf| {
+            found.push((Place { key, bits: None }, leaf));
         });
         exacts.map_err(unread("exacts"))?;
-        let prefixes = self.prefixes.each(|key, set| {
-            found.push((Place::found(key), set));
+        let prefixes = self.prefixes.each(|key, leaf| {
+            found.push((Place::found(key), leaf));
         });
         prefixes.map_err(unread("prefixes"))?;
         Ok(found)

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use agent_ebpf::abi::{AgentName, AgentRow, Effect, NEVER, ROW_INDEX_BITS, Rule, RuleSet};
+use agent_ebpf::abi::{
+    AgentName, AgentRow, Effect, INHERITED, Leaf, NEVER, NO_ENTRY, ROW_INDEX_BITS, Rule, RuleSet,
+};
 
 use super::{ApplyError, Installed, Place, Tables, adopt::id_of, name_bytes};
 use crate::kernel::{
@@ -72,8 +74,8 @@ impl Tables {
     pub(super) fn users_of_chains(&self) -> HashMap<u32, Vec<u32>> {
         let mut users: HashMap<u32, Vec<u32>> = HashMap::new();
         for (agent, installed) in &self.in_force {
-            for (_, set) in &installed.entries {
-                let of = users.entry(*set).or_default();
+            for (_, leaf) in &installed.entries {
+                let of = users.entry(leaf.set).or_default();
                 if of.last() != Some(agent) {
                     of.push(*agent);
                 }
@@ -196,7 +198,7 @@ impl Report<'_> {
                 return self.unreadable("exacts or prefixes", &error);
             }
         };
-        let mut wanted: HashMap<Place, (u32, Option<u32>)> = HashMap::new();
+        let mut wanted: HashMap<Place, (Leaf, Option<u32>)> = HashMap::new();
         let mut policies: HashMap<u64, u32> = HashMap::new();
         let retired = self.tables.retired.iter().map(|(_, old)| (None, old));
         let in_force = self.tables.in_force.iter();
@@ -204,25 +206,23 @@ impl Report<'_> {
         let all: Vec<(Option<u32>, &Installed)> = retired.chain(in_force).collect();
         for (agent, installed) in all {
             policies.extend(agent.map(|agent| (installed.content.policy, agent)));
-            for (place, set) in &installed.entries {
-                wanted.insert(*place, (*set, agent));
+            for (place, leaf) in &installed.entries {
+                wanted.insert(*place, (*leaf, agent));
             }
         }
-        for (place, set) in found {
+        for (place, leaf) in found {
             let (kind, agent, wanted) = match wanted.remove(&place) {
                 // What is on its way out is nobody's any more.
                 Some((_, None)) => continue,
-                Some((wanted, _)) if wanted == set => continue,
-                Some((wanted, agent)) => {
-                    (DriftKind::Changed, agent, format!("rule set [{wanted}]"))
-                }
+                Some((wanted, _)) if wanted == leaf => continue,
+                Some((wanted, agent)) => (DriftKind::Changed, agent, describe_leaf(wanted)),
                 None => {
                     let agent = policies.get(&place.policy()).copied();
                     (DriftKind::Extra, agent, "no such key".to_owned())
                 }
             };
             let what = format!("{} {place}", place.map());
-            let found = format!("rule set [{set}]");
+            let found = describe_leaf(leaf);
             self.add(
                 kind,
                 what,
@@ -231,14 +231,14 @@ impl Report<'_> {
                 Spot::Key(SpotKey(place)),
             );
         }
-        let missing: BTreeMap<String, (Place, u32, u32)> = wanted
+        let missing: BTreeMap<String, (Place, Leaf, u32)> = wanted
             .into_iter()
-            .filter_map(|(place, (set, agent))| {
-                Some((format!("{} {place}", place.map()), (place, set, agent?)))
+            .filter_map(|(place, (leaf, agent))| {
+                Some((format!("{} {place}", place.map()), (place, leaf, agent?)))
             })
             .collect();
-        for (what, (place, set, agent)) in missing {
-            let said = ("no such key".to_owned(), format!("rule set [{set}]"));
+        for (what, (place, leaf, agent)) in missing {
+            let said = ("no such key".to_owned(), describe_leaf(leaf));
             let spot = Spot::Key(SpotKey(place));
             self.add(DriftKind::Missing, what, Some(agent), said, spot);
         }
@@ -350,6 +350,14 @@ fn describe_word(word: u64) -> String {
     format!("row {row}, generation {}", word >> ROW_INDEX_BITS)
 }
 
+/// What a key points to, for people.
+fn describe_leaf(leaf: Leaf) -> String {
+    match leaf.entry {
+        NO_ENTRY => format!("rule set [{}]", leaf.set),
+        entry => format!("rule set [{}] for entry {entry}", leaf.set),
+    }
+}
+
 /// A block for people. Every byte may be anything.
 fn describe_set(set: &RuleSet) -> String {
     let is_used = |rule: &&Rule| **rule != Rule::UNUSED;
@@ -378,8 +386,12 @@ fn describe_rule(rule: &Rule) -> String {
     } else {
         format!(" until boot + {} s", rule.deadline / 1_000_000_000)
     };
+    let entry = match rule.entry {
+        INHERITED => "of the address".to_owned(),
+        entry => entry.to_string(),
+    };
     format!(
-        "{effect} {}-{} class {} entry {}{end}",
-        rule.low, rule.high, rule.class, rule.entry
+        "{effect} {}-{} class {} entry {entry}{end}",
+        rule.low, rule.high, rule.class
     )
 }

@@ -16,7 +16,8 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    Addr, AgentName, AgentRow, ROW_INDEX_BITS, RuleSet, SERVE, SPACE_BITS, ScopeKey, UNREGISTERED,
+    Addr, AgentName, AgentRow, Leaf, ROW_INDEX_BITS, RuleSet, SERVE, SPACE_BITS, ScopeKey,
+    UNREGISTERED,
 };
 use aya::Ebpf;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -64,8 +65,8 @@ struct Installed {
     row: Option<u32>,
     /// What the row says, or must say.
     content: AgentRow,
-    /// Keys, and the rule sets behind them.
-    entries: Vec<(Place, u32)>,
+    /// Keys, and what they point to.
+    entries: Vec<(Place, Leaf)>,
 }
 
 /// How an adopted agent's state in the kernel differed from the registry.
@@ -84,8 +85,8 @@ pub struct Tables {
     agents: Bulk<u32, u64>,
     names: Bulk<u32, AgentName>,
     rows: Bulk<u32, AgentRow>,
-    exacts: Bulk<ScopeKey, u32>,
-    prefixes: Bulk<PrefixKey, u32>,
+    exacts: Bulk<ScopeKey, Leaf>,
+    prefixes: Bulk<PrefixKey, Leaf>,
     rulesets: Bulk<u32, RuleSet>,
 
     index: BTreeMap<String, u32>,
@@ -534,9 +535,9 @@ impl Tables {
 
     /// Gives back what a policy has taken of the room there is; its keys are not in the maps.
     fn forget(&mut self, installed: Installed) {
-        for (place, set) in installed.entries {
+        for (place, leaf) in installed.entries {
             self.count(place, -1);
-            self.sets.release(set);
+            self.sets.release(leaf.set);
         }
         self.free_rows.extend(installed.row);
     }

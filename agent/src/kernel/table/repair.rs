@@ -10,7 +10,7 @@ use std::{
 use agent_ebpf::abi::{AgentName, SERVE};
 
 use super::{ApplyError, Image, Place, Spot, SpotKey, Tables, name_bytes, put};
-use crate::kernel::sys;
+use crate::kernel::{image::with_entry, sys};
 
 /// Longer than any program runs, should the kernel not say when the last one has ended.
 const PROGRAM: Duration = Duration::from_millis(20);
@@ -137,8 +137,10 @@ impl Tables {
             reach: Vec::new(),
             serve: Vec::new(),
         };
-        for (place, set) in &installed.entries {
-            let placed = (place.prefix()?, self.sets.rules(*set)?.to_vec());
+        for (place, leaf) in &installed.entries {
+            let rules = self.sets.rules(leaf.set)?.iter();
+            let rules = rules.map(|rule| with_entry(rule, leaf.entry)).collect();
+            let placed = (place.prefix()?, rules);
             if place.key.space & SERVE == 0 {
                 image.reach.push(placed);
             } else {

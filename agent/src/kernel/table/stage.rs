@@ -3,11 +3,12 @@
 
 use std::time::Instant;
 
-use agent_ebpf::abi::{AgentRow, ROW_INDEX_BITS, Rule, RuleSet, SERVE, ScopeKey};
+use agent_ebpf::abi::{AgentRow, Leaf, ROW_INDEX_BITS, Rule, RuleSet, SERVE, ScopeKey};
 
 use super::{ApplyError, Found, Image, Installed, Place, PrefixKey, Tables};
 use crate::kernel::{
     bulk::{Bulk, FailedAt, Plain},
+    image::shared,
     sets::Interned,
 };
 
@@ -15,8 +16,8 @@ use crate::kernel::{
 #[derive(Default)]
 pub(super) struct Writes {
     blocks: Vec<(u32, RuleSet)>,
-    exacts: Vec<(ScopeKey, u32)>,
-    prefixes: Vec<(PrefixKey, u32)>,
+    exacts: Vec<(ScopeKey, Leaf)>,
+    prefixes: Vec<(PrefixKey, Leaf)>,
     rows: Vec<(u32, AgentRow)>,
 }
 
@@ -82,11 +83,12 @@ impl Tables {
 
     /// What is in force of a policy, prefix by prefix.
     pub(super) fn found<'a>(&'a self, installed: &'a Installed) -> impl Iterator<Item = Found<'a>> {
-        installed.entries.iter().filter_map(|(place, set)| {
+        installed.entries.iter().filter_map(|(place, leaf)| {
             Some(Found {
                 serve: place.key.space & SERVE != 0,
                 prefix: place.prefix()?,
-                rules: self.sets.rules(*set),
+                rules: self.sets.rules(leaf.set),
+                entry: leaf.entry,
             })
         })
     }
@@ -123,12 +125,12 @@ impl Tables {
             for (prefix, rules) in placed {
                 let place = Place::new(space, *prefix);
                 self.check_room(place)?;
-                let set = self.plan_rules(rules, writes)?;
-                installed.entries.push((place, set));
+                let leaf = self.plan_rules(rules, writes)?;
+                installed.entries.push((place, leaf));
                 self.count(place, 1);
                 match place.bits {
-                    None => writes.exacts.push((place.key, set)),
-                    Some(bits) => writes.prefixes.push((place.prefix_key(bits), set)),
+                    None => writes.exacts.push((place.key, leaf)),
+                    Some(bits) => writes.prefixes.push((place.prefix_key(bits), leaf)),
                 }
             }
         }
@@ -140,12 +142,13 @@ impl Tables {
         Ok(())
     }
 
-    fn plan_rules(&mut self, rules: &[Rule], writes: &mut Writes) -> Result<u32, ApplyError> {
-        match self.sets.intern(rules) {
-            Interned::Shared(head) => Ok(head),
-            Interned::New(head, blocks) => {
+    fn plan_rules(&mut self, rules: &[Rule], writes: &mut Writes) -> Result<Leaf, ApplyError> {
+        let (rules, entry) = shared(rules);
+        match self.sets.intern(&rules) {
+            Interned::Shared(set) => Ok(Leaf { set, entry }),
+            Interned::New(set, blocks) => {
                 writes.blocks.extend(blocks);
-                Ok(head)
+                Ok(Leaf { set, entry })
             }
             Interned::Full(needs) => Err(ApplyError::Full {
                 map: "rulesets",
