@@ -6,7 +6,7 @@ use agent_ebpf::abi::ABI_VERSION;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    DaemonError, Options,
+    DaemonError, Options, SETTLE_EVERY,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
@@ -404,6 +404,12 @@ impl Core {
     /// Takes in records.
     pub fn drain(&mut self) {
         self.recorder.drain(&mut self.enforcer);
+    }
+
+    /// Whether records came in within the last second. Then there may be more without a wake-up: a
+    /// CPU wakes the daemon at most once a millisecond. The first after a pause always does.
+    pub fn hears(&self) -> bool {
+        self.recorder.heard_within(SETTLE_EVERY)
     }
 
     /// Once a second. Returns whether the tables were written anew.

@@ -320,15 +320,14 @@ impl Core {
 
     /// Puts one agent in force as the holds in memory have it. Nothing else changes.
     pub(super) fn put_in_force(&mut self, id: &str) -> Result<(), String> {
-        let next = self.force.held(&self.holds);
-        let Some(agent) = next.agents.get(id) else {
+        let Some(agent) = self.force.hold_one(id, &self.holds) else {
             return Err("it is not in the registry in force".to_owned());
         };
         let image = force::image(&agent.tables, &self.offset.clock());
         self.enforcer
             .apply_one(image)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.force = next;
+        self.force.put(id, agent);
         self.recorder.learn(
             &self.enforcer,
             self.force.revision,

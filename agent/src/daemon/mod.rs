@@ -225,7 +225,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 }
                 core.drain();
             }
-            _ = drain.tick() => core.drain(),
+            _ = drain.tick(), if core.hears() => core.drain(),
             _ = settle.tick() => {
                 if core.settle() {
                     selectors = Some(core.selectors());

@@ -100,7 +100,7 @@ impl Core {
         self.decide_loaded(closed);
         self.keep();
         laps.done("keep");
-        tracing::debug!(message = "Reloaded.", took = %laps);
+        tracing::debug!(message = "Reloaded.", changed = changed.len(), took = %laps);
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
         Ok(Changed {
             agents: changed,
@@ -176,10 +176,7 @@ impl Core {
         let extent = Extent::one_of(tables.len());
         let mut asked = 0;
         for tables in tables {
-            let extent = Extent {
-                before: before.get(tables.id.as_str()).copied(),
-                ..extent
-            };
+            let extent = extent.after(before.get(tables.id.as_str()).copied());
             asked += selftest::ask(&mut self.enforcer, &tables, &clock, extent)?;
         }
         tracing::debug!(message = "Kernel and memory agree.", questions = asked);

@@ -13,6 +13,8 @@ use crate::{
 
 /// Questions about one agent, at most. Each takes the kernel some 5 µs.
 const MOST: usize = 48;
+/// Questions about one agent whose change is known, at most.
+const OF_A_CHANGE: usize = 24;
 /// Questions about one agent where all are asked about, at least: one place, and one that nothing
 /// is said about.
 const LEAST: usize = 8;
@@ -45,6 +47,15 @@ impl Extent<'_> {
             most: (ALL / agents.max(1)).clamp(LEAST, MOST),
             before: None,
         }
+    }
+
+    /// The same, and first of all where it differs from what was in force before, if anything was.
+    pub fn after(self, before: Option<&AgentTables>) -> Extent<'_> {
+        let most = match before {
+            Some(_) => self.most.min(OF_A_CHANGE),
+            None => self.most,
+        };
+        Extent { most, before }
     }
 }
 

@@ -337,3 +337,128 @@ fn joined<'a, T: Plain + 'a>(all: impl ExactSizeIterator<Item = &'a T>) -> Vec<u
     }
     bytes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HASH: u32 = 1;
+    const LPM: u32 = 11;
+    const NO_PREALLOC: u32 = 1;
+
+    /// A prefix of four bytes, as a longest-prefix map has it.
+    type Prefix = [u8; 8];
+
+    fn make<K: Plain + Eq + Hash>(kind: u32, entries: u32, many: bool) -> Bulk<K, u64> {
+        let flags = if kind == LPM { NO_PREALLOC } else { 0 };
+        let key = size_of::<K>() as u32;
+        let map = sys::create_map("remit_test", kind, key, 8, entries, flags).unwrap();
+        let keyed = if kind == sys::ARRAY {
+            Keyed::Array
+        } else {
+            Keyed::Free
+        };
+        let bulk = Bulk::new(map, keyed, entries);
+        bulk.many.store(many, Ordering::Relaxed);
+        bulk
+    }
+
+    fn prefix(number: u32) -> Prefix {
+        let mut key = [0; 8];
+        key[..4].copy_from_slice(&32_u32.to_ne_bytes());
+        key[4..].copy_from_slice(&number.to_be_bytes());
+        key
+    }
+
+    /// Writes, reads and removes more than one call takes.
+    fn goes_round<K: Plain + Eq + Hash + Ord + std::fmt::Debug>(
+        bulk: &Bulk<K, u64>,
+        key: impl Fn(u32) -> K,
+    ) {
+        let count = CHUNK as u32 * 2 + 7;
+        let elements: Vec<(K, u64)> = (0..count)
+            .map(|number| (key(number), u64::from(number) + 1))
+            .collect();
+        bulk.set_all(&elements).unwrap();
+        assert_eq!(bulk.first_other(&elements).unwrap(), None);
+        let mut found: Vec<_> = bulk.all().unwrap();
+        found.retain(|(_, value)| *value != 0);
+        found.sort_unstable();
+        let mut wanted = elements.clone();
+        wanted.sort_unstable();
+        assert_eq!(found, wanted);
+
+        let mut other = elements.clone();
+        other[5000].1 = 0;
+        assert_eq!(bulk.first_other(&other).unwrap(), Some(5000));
+        bulk.set(key(5000), 9).unwrap();
+        assert_eq!(bulk.first_other(&elements).unwrap(), Some(5000));
+        assert_eq!(bulk.get(key(5000)).unwrap(), Some(9));
+        let some = [key(1), key(count - 1)];
+        let values = [Some(2), Some(u64::from(count))];
+        assert_eq!(bulk.get_all(&some).unwrap(), values);
+    }
+
+    fn removes<K: Plain + Eq + Hash + Ord + std::fmt::Debug>(
+        bulk: &Bulk<K, u64>,
+        key: impl Fn(u32) -> K,
+    ) {
+        goes_round(bulk, &key);
+        let count = CHUNK as u32 * 2 + 7;
+        // Some are gone already, and some were never there.
+        for gone in [0, 17, 18, 5000, count - 1] {
+            assert!(bulk.remove(key(gone)).unwrap());
+            assert!(!bulk.remove(key(gone)).unwrap());
+        }
+        let keys: Vec<K> = (0..count)
+            .rev()
+            .filter(|number| *number != 42)
+            .map(&key)
+            .collect();
+        bulk.remove_all(&keys).unwrap();
+        assert_eq!(bulk.all().unwrap(), [(key(42), 43)]);
+        assert_eq!(bulk.get_all(&[key(41), key(42)]).unwrap(), [None, Some(43)]);
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn many_at_once_and_one_by_one_come_to_the_same() {
+        for many in [true, false] {
+            removes(&make(HASH, 20_000, many), u64::from);
+            removes(&make(LPM, 20_000, many), prefix);
+            let array = make(sys::ARRAY, 20_000, many);
+            goes_round(&array, |number| number);
+            let mut range = Vec::new();
+            array
+                .each_in(4_090, 4_100, |index, value| range.push((index, value)))
+                .unwrap();
+            assert_eq!(
+                range,
+                (4_090..=4_100)
+                    .map(|at| (at, u64::from(at) + 1))
+                    .collect::<Vec<_>>()
+            );
+            let mut first = Vec::new();
+            array.each_in(0, 1, |index, _| first.push(index)).unwrap();
+            assert_eq!(first, [0, 1]);
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn what_does_not_fit_is_told_by_its_place() {
+        for many in [true, false] {
+            for kind in [HASH, LPM] {
+                let bulk = make(kind, 5_000, many);
+                let elements: Vec<_> = (0..6_000).map(|at| (prefix(at), 1)).collect();
+                let failed = bulk.set_all(&elements).unwrap_err();
+                // A hash may lend a processor some elements more than it was made for.
+                assert!((5_000..5_100).contains(&failed.index), "{failed:?}");
+                assert_eq!(bulk.all().unwrap().len(), failed.index);
+            }
+            let array = make(sys::ARRAY, 100, many);
+            let elements: Vec<_> = (0..200_u32).map(|at| (at, 1)).collect();
+            assert_eq!(array.set_all(&elements).unwrap_err().index, 100);
+        }
+    }
+}

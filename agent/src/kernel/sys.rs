@@ -115,14 +115,29 @@ struct MapCreate {
     name: [u8; 16],
 }
 
+/// `enum bpf_map_type`: an array.
+pub const ARRAY: u32 = 2;
+
 /// Makes an array map that no program uses. `name` has at most 15 bytes.
 pub fn create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
-    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    create_map(name, ARRAY, 4, value_size, entries, 0)
+}
+
+/// Makes a map of any kind that no program uses. `name` has at most 15 bytes.
+pub fn create_map(
+    name: &str,
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = MapCreate {
-        kind: BPF_MAP_TYPE_ARRAY,
-        key_size: 4,
+        kind,
+        key_size,
         value_size,
         max_entries: entries,
+        flags,
         ..MapCreate::default()
     };
     for (slot, byte) in attr.name.iter_mut().take(15).zip(name.bytes()) {

@@ -75,10 +75,10 @@ impl Tables {
 
     /// Whether what is in force, with this row, is `image`.
     pub(super) fn has(&self, installed: &Installed, image: &Image, row: &AgentRow) -> bool {
-        // What this process wrote is in the image's order; what it adopted is sorted, and an image
-        // need not be.
+        // What this process wrote is in the image's order, and what it adopted was sorted as images
+        // of the registry are. Whatever else there may be is compared the long way.
         image.is_in_order(row, self.found(installed))
-            || installed.adopted && image.differences(row, self.found(installed)).is_empty()
+            || image.differences(row, self.found(installed)).is_empty()
     }
 
     /// What is in force of a policy, prefix by prefix.
