@@ -89,6 +89,7 @@ const COMMANDS: &[&str] = &[
     "check",
     "explain",
     "status",
+    "guard",
     "agents",
     "tail",
     "log",
@@ -128,6 +129,10 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["nonsense"],
         &["status", "--nonsense"],
         &["status", "extra"],
+        &["status", "--require", "something"],
+        &["guard"],
+        &["guard", "--unit", "x.service", "--cgroup", "/x"],
+        &["guard", "--cgroup", "no/leading/slash"],
         &["completions"],
         &["man", "nonsense"],
         &["tail", "--since", "yesterday"],
@@ -164,6 +169,7 @@ fn without_a_daemon_it_could_not_be_told() {
     for arguments in [
         &["status"][..],
         &["status", "--json"],
+        &["status", "--require", "enforcing"],
         &["agents"],
         &["agents", "x"],
         &["reload"],
@@ -233,7 +239,38 @@ fn status_exits_by_posture() {
         assert_eq!(code(&json), expected);
         let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
         assert_eq!(value["posture"], posture.name());
+        let required = asked(&served, &["status", "--require", "enforcing"]);
+        assert_eq!(
+            (code(&required), stdout(&required)),
+            (expected, String::new())
+        );
+        let least = asked(&served, &["status", "--require", "degraded"]);
+        assert_eq!(code(&least), i32::from(posture == Posture::NotEnforcing));
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn guard_says_whether_a_cgroup_is_guarded() {
+    let served = served(ELSEWHERE, Answers::default());
+    let inside = "/agents.slice/billing-recon.service";
+    let guarded = asked(&served, &["guard", "--cgroup", inside]);
+    assert_eq!(code(&guarded), 0, "{}", stderr(&guarded));
+    assert_eq!(
+        stdout(&guarded),
+        format!("guarded {inside}: fenced, agent billing-recon is active\n")
+    );
+    let outside = asked(&served, &["guard", "--cgroup", "/user.slice"]);
+    assert_eq!(code(&outside), 1);
+    assert_eq!(
+        stderr(&outside),
+        "not guarded: /user.slice: it is below no root\n"
+    );
+    let json = asked(&served, &["guard", "--cgroup", "/user.slice", "--json"]);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(value["ok"], false);
+    let none = asked(&served, &["guard", "--unit", "no-such-unit-here.service"]);
+    assert_eq!(code(&none), 1, "{}", stderr(&none));
 }
 
 #[test]
@@ -251,9 +288,9 @@ fn status_shows_guards_agents_and_the_last_violation() {
 NOT ENFORCING since 2026-11-05T00:00:00Z, revision 7, remit 0.1.0
   because egress is not attached at /agents.slice
 
-GUARD     KIND  ROOT           STATE   EVIDENCE
-connect4  link  /agents.slice  live    link 12, program 44
-egress    link  /agents.slice  ABSENT  link 12, program 44
+GUARD     KIND  ROOT           STATE   AGE  EVIDENCE
+connect4  link  /agents.slice  live    now  link 12, program 44
+egress    link  /agents.slice  ABSENT  now  link 12, program 44
 
 AGENT          STATE   MODE     REVISION  CGROUPS  PROCESSES  ALLOWED  DENIED  MONITORED  EXPIRES
 billing-recon  active  enforce  6         1        2          120      3       0          \

@@ -9,6 +9,7 @@ mod destination;
 mod explain;
 mod explain_name;
 mod format;
+mod guard;
 mod lifecycle;
 mod log;
 mod outcome;
@@ -72,7 +73,9 @@ enum Command {
     /// Say whether an agent may reach a destination, by which entry and why.
     Explain(explain::Arguments),
     /// Say whether this host enforces: each guard and each agent, read back from the kernel.
-    Status,
+    Status(status::Arguments),
+    /// Say whether a unit's or any other cgroup is fenced and its agent active.
+    Guard(guard::Arguments),
     /// Print the registry as it is in force.
     Agents(agents::Arguments),
     /// Print violations, one line each.
@@ -127,7 +130,8 @@ impl Global {
             Command::Run(arguments) => run::run(self, arguments),
             Command::Check(arguments) => check::run(self, &arguments, &output),
             Command::Explain(arguments) => explain::run(self, &arguments, &output),
-            Command::Status => status::run(self, &output),
+            Command::Status(arguments) => status::run(self, &arguments, &output),
+            Command::Guard(arguments) => guard::run(self, &arguments, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
             Command::Log(command) => log::run(self, &command, &output),

@@ -13,6 +13,7 @@ use super::{
     keeping::clocks_before,
     laps::Laps,
     lock::RootLock,
+    posture::Beats,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -54,6 +55,7 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) beats: Beats,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -208,6 +210,7 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            beats: Beats::default(),
             damage: loaded.damage,
             laps,
             memory,

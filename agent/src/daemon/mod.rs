@@ -22,6 +22,7 @@ mod keeping;
 mod laps;
 mod lifecycle;
 mod lock;
+mod posture;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -49,7 +50,7 @@ use crate::{
     kernel::{self, ApplyError, AttachError, OpenError},
 };
 
-pub use self::evidence::places;
+pub use self::{core::hierarchy, evidence::places};
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
 
@@ -185,7 +186,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut settle = interval(SETTLE_EVERY);
     settle.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut reconcile = interval(settings.reconcile.every.unwrap_or(Duration::from_secs(5)));
+    let mut reconcile = interval(posture::compare_every(&settings));
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
     core.started();

@@ -52,6 +52,11 @@ impl DriftBook {
 }
 
 impl Core {
+    /// What comparing came to.
+    pub(super) fn drift_summary(&self) -> DriftSummary {
+        self.drift.summary()
+    }
+
     /// The comparison that runs by itself: whatever differs is mended. Of a registry so large that
     /// it would take more than a tenth of the daemon's time, it runs less often.
     pub(super) fn mend(&mut self) {
@@ -128,6 +133,7 @@ impl Core {
         for (each, mending) in found.into_iter().zip(outcomes) {
             drift.push(self.tell(each, mending, by));
         }
+        self.beats.compared = Some(began);
         self.drift.summary.checked_ms = Some(now);
         self.drift.last = Some((Instant::now(), began.elapsed()));
         self.drift.summary.open = self.drift.open.len() as u64;

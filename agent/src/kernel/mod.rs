@@ -9,6 +9,7 @@ mod attach;
 mod bulk;
 mod drift;
 mod error;
+mod evidence;
 mod handover;
 mod image;
 mod object;
@@ -47,6 +48,7 @@ use self::{
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
+pub use evidence::RingState;
 pub use image::Image;
 pub use object::{EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};

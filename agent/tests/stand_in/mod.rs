@@ -15,8 +15,8 @@ use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
         Agent, AgentStatus, Agents, Answer, Cgroup, DriftSummary, Entry, Explain, Guard,
-        GuardState, Held, LastViolation, Myself, Posture, Question, Reconciled, Refusal, Registry,
-        Reload, RunGrant, Source, Status,
+        GuardState, Guarded, Held, LastViolation, Myself, Posture, Question, Reconciled, Refusal,
+        Registry, Reload, RunGrant, Source, Status,
     },
     server::{Listener, serve},
 };
@@ -172,6 +172,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
             Request::Hold(hold, reply) => answer(reply, (answers.hold)(&hold)),
             Request::Resume(resume, reply) => answer(reply, (answers.resume)(&resume)),
             Request::Reconcile { repair, reply } => answer(reply, Ok((answers.reconcile)(repair))),
+            Request::Guard(cgroup, reply) => answer(reply, Ok(guarded(cgroup))),
             Request::Run(request, reply) => {
                 let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
                 answer(reply, Ok(RunGrant { cgroup, id: 5 }));
@@ -252,10 +253,33 @@ fn guard(name: &str, state: GuardState) -> Guard {
         root: Some("/agents.slice".to_owned()),
         state,
         evidence: "link 12, program 44".to_owned(),
-        checked_ms: 1_793_836_900_000,
+        checked_ms: i64::try_from(
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+                .as_millis(),
+        )
+        .unwrap(),
         link_id: Some(12),
         prog_id: Some(44),
         run_cnt: None,
+    }
+}
+
+fn guarded(cgroup: String) -> Guarded {
+    let ok = cgroup.starts_with("/agents.slice/");
+    Guarded {
+        root: ok.then(|| "/agents.slice".to_owned()),
+        fenced: ok,
+        agent: ok.then(|| "billing-recon".to_owned()),
+        state: if ok { "active" } else { "unregistered" }.to_owned(),
+        ok,
+        why: if ok {
+            Vec::new()
+        } else {
+            vec!["it is below no root".to_owned()]
+        },
+        cgroup,
     }
 }
 
@@ -296,6 +320,7 @@ fn myself(cgroup: Option<String>) -> Myself {
         mode: "enforce".to_owned(),
         expires_ms: None,
         cgroup,
+        guard: None,
         revision: 7,
         hash: None,
         scope: Vec::new(),

@@ -8,6 +8,7 @@
 //! | `GET /v1/agents`                 | read   | [`Agents`] |
 //! | `GET /v1/agents/ID`              | read   | [`Agent`] |
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
+//! | `GET /v1/guard?cgroup=` ([`GuardQuestion`]) | read | [`Guarded`] |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
 //! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
@@ -21,6 +22,7 @@
 //! API fields are added, never renamed or removed; readers ignore what they don't know.
 
 mod drift;
+mod guard;
 mod lifecycle;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
@@ -28,6 +30,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use drift::{Drift, DriftSummary, Reconciled};
+pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
 
 /// Path prefix of this version of the API.
@@ -378,6 +381,9 @@ pub struct Myself {
     pub expires_ms: Option<UnixMillis>,
     /// The caller's cgroup below the v2 mount; none when it could not be told.
     pub cgroup: Option<String>,
+    /// Whether the fence stands around it and the agent is active.
+    #[serde(default)]
+    pub guard: Option<Guarded>,
     /// Number of the registry state in force.
     pub revision: u64,
     /// `sha256:…` of the entry in force.
