@@ -98,6 +98,7 @@ const COMMANDS: &[&str] = &[
     "revoke",
     "reload",
     "reconcile",
+    "probe",
     "completions",
     "man",
     "help",
@@ -179,6 +180,8 @@ fn without_a_daemon_it_could_not_be_told() {
         &["revoke", "x", "--reason", "y", "--kill"],
         &["reconcile"],
         &["reconcile", "--repair"],
+        &["probe"],
+        &["probe", "x"],
         &["run", "--agent", "x", "--", "true", "--json"],
     ] {
         let output = remit(&settings, arguments);
@@ -246,6 +249,38 @@ fn status_exits_by_posture() {
         );
         let least = asked(&served, &["status", "--require", "degraded"]);
         assert_eq!(code(&least), i32::from(posture == Posture::NotEnforcing));
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn probe_exits_by_the_worst_verdict() {
+    let served = served(ELSEWHERE, Answers::default());
+    for (ids, expected, says) in [
+        (
+            &["holds"][..],
+            0,
+            "PASS holds in /agents.slice/x.service: 1 attempts in 80 ms\n",
+        ),
+        (
+            &["dark"],
+            3,
+            "UNKNOWN dark in /agents.slice/x.service: 1 attempts in 80 ms\n  UNKNOWN IPv4 TCP \
+             connect to 192.0.2.7:4000 at cgroup/connect4: must be refused as out_of_scope: \
+             connect ended with ENETUNREACH\n",
+        ),
+    ] {
+        let output = asked(&served, &[&["probe"], ids].concat());
+        assert_eq!((code(&output), stdout(&output).as_str()), (expected, says));
+    }
+    for (ids, expected) in [
+        (&["holds", "open"][..], 1),
+        (&["open", "dark"], 1),
+        (&["holds", "dark"], 3),
+        (&["ghost"], 1),
+    ] {
+        let output = asked(&served, &[&["probe"], ids].concat());
+        assert_eq!(code(&output), expected, "{ids:?}");
     }
 }
 

@@ -14,6 +14,7 @@ mod lifecycle;
 mod log;
 mod outcome;
 mod output;
+mod probe;
 mod reconcile;
 mod reload;
 mod run;
@@ -93,6 +94,11 @@ enum Command {
     Reload(reload::Arguments),
     /// Compare the registry with what the kernel has, and list each difference.
     Reconcile(reconcile::Arguments),
+    /// Try the fence from inside an agent's cgroup.
+    Probe(probe::Arguments),
+    /// What a probe starts inside the fence; orders come on standard input.
+    #[command(hide = true)]
+    ProbeHelper,
     /// Print a completion script for a shell.
     Completions(support::Completions),
     /// Print the manual page.
@@ -118,6 +124,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 impl Global {
     fn run(&self, command: Command) -> Result {
+        if matches!(command, Command::ProbeHelper) {
+            return probe::help();
+        }
         let output = Output::new(self.json);
         // What a `remit run` that was killed left behind, once nothing runs in it any more.
         if let Ok(settings) = self.load_settings() {
@@ -140,6 +149,8 @@ impl Global {
             Command::Revoke(arguments) => lifecycle::revoke(self, arguments, &output),
             Command::Reload(arguments) => reload::run(self, &arguments, &output),
             Command::Reconcile(arguments) => reconcile::run(self, &arguments, &output),
+            Command::Probe(arguments) => probe::run(self, &arguments, &output),
+            Command::ProbeHelper => probe::help(),
             Command::Completions(arguments) => support::completions(&arguments, &output),
             Command::Man(arguments) => support::man(&arguments, &output),
         }

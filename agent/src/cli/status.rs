@@ -9,7 +9,9 @@ use super::{
     outcome::{Outcome, Result},
     output::{Columns, Output, Tone, plain, plain_lines, talk},
 };
-use crate::control::protocol::{AgentStatus, DriftSummary, Guard, GuardState, Posture, Status};
+use crate::control::protocol::{
+    AgentStatus, DriftSummary, Guard, GuardState, LastProbe, Posture, ProbeVerdict, Status,
+};
 
 /// Arguments of `remit status`.
 #[derive(Debug, clap::Args)]
@@ -137,6 +139,18 @@ fn guards(guards: &[Guard]) -> Columns {
     columns
 }
 
+fn probed(probe: &LastProbe, output: &Output) -> String {
+    let (tone, word) = match probe.verdict {
+        ProbeVerdict::Pass => (Tone::Good, "PASS"),
+        ProbeVerdict::Unknown => (Tone::Doubtful, "UNKNOWN"),
+        ProbeVerdict::Fail => (Tone::Bad, "FAIL"),
+    };
+    let why = probe.why.as_ref();
+    let why = why.map_or_else(String::new, |why| format!(": {}", plain(why)));
+    let at = format::time(probe.time_ms);
+    format!("probe {} at {at}{why}", output.paint(tone, word))
+}
+
 /// How old evidence is.
 fn age(millis: i64) -> String {
     match millis.max(0) {
@@ -197,6 +211,9 @@ fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
         }
         if let Some(last) = &agent.last_violation {
             lines.push(format!("last {}", plain(&last.text)));
+        }
+        if let Some(probe) = &agent.last_probe {
+            lines.push(probed(probe, output));
         }
         if let Some(finding) = &agent.finding {
             let mark = output.paint(Tone::Bad, "last good entry kept:");

@@ -287,6 +287,7 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/agents/{id}/suspend", post(suspend))
         .route("/v1/agents/{id}/resume", post(resume))
         .route("/v1/agents/{id}/revoke", post(revoke))
+        .route("/v1/agents/{id}/probe", post(probe))
         .route("/v1/explain", get(explain))
         .route("/v1/guard", get(guard))
         .route("/v1/reconcile", get(compare).post(repair))
@@ -387,6 +388,13 @@ async fn explain(
             Refusal::new(Code::BadRequest, error.body_text())
                 .help("the form is `?agent=ID&addr=ADDRESS&port=NUMBER&protocol=NUMBER`"),
         ),
+    }
+}
+
+async fn probe(state: State<Calls>, caller: Extension<Caller>, id: PathId) -> Response {
+    match path_id(id) {
+        Ok(id) => ask(state, caller, CHANGE, |reply| Request::Probe(id, reply)).await,
+        Err(refusal) => refuse(refusal),
     }
 }
 

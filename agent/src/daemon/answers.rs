@@ -44,6 +44,7 @@ impl Core {
             }
             Request::Hold(request, reply) => self.answer_hold(&call.caller, &request, reply),
             Request::Resume(request, reply) => self.answer_resume(&call.caller, &request, reply),
+            Request::Probe(id, reply) => self.probe_on_request(&call.caller, id, reply),
             Request::Guard(path, reply) => drop(reply.send(self.guarded(&path))),
             Request::Reconcile { repair, reply } => {
                 drop(reply.send(Ok(self.reconcile_on_request(&call.caller, repair))));
@@ -228,6 +229,7 @@ impl Core {
             last_violation: self.recorder.last(id).cloned(),
             finding: None,
             hold: None,
+            last_probe: self.probing.last.get(id).cloned(),
         }
     }
 

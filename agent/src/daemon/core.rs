@@ -14,6 +14,7 @@ use super::{
     laps::Laps,
     lock::RootLock,
     posture::Beats,
+    probe::Probing,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -56,6 +57,7 @@ pub struct Core {
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
     pub(super) beats: Beats,
+    pub(super) probing: Probing,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -211,6 +213,7 @@ impl Core {
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
             beats: Beats::default(),
+            probing: Probing::default(),
             damage: loaded.damage,
             laps,
             memory,
@@ -425,6 +428,7 @@ impl Core {
             self.close_again = false;
         }
         self.end_what_ends();
+        self.probe_what_is_due();
         let Some(stepped) = self.offset.stepped() else {
             return false;
         };

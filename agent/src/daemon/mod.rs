@@ -23,6 +23,7 @@ mod laps;
 mod lifecycle;
 mod lock;
 mod posture;
+mod probe;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -53,6 +54,7 @@ use crate::{
 pub use self::{core::hierarchy, evidence::places};
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
+pub use probe::helper::serve as serve_probe;
 
 /// What a start is told beside the settings.
 #[derive(Clone, Debug)]
@@ -189,6 +191,10 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     let mut reconcile = interval(posture::compare_every(&settings));
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
+    let (steps, mut probing) = mpsc::channel(16);
+    let worker = probe::Worker::start(steps).map_err(system("start a thread for probes"))?;
+    core.set_probe_worker(worker);
+
     core.started();
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(message = "The service manager could not be told.", %error);
@@ -211,6 +217,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     }
                 }
             }
+            Some(step) = probing.recv() => core.probe_step(step),
             Some(call) = requests.recv() => {
                 if matches!(call.request, control::Request::Reload(..)) {
                     files.read();

@@ -86,6 +86,15 @@ pub struct Recorder {
     /// When the ring last had a record.
     heard: Option<Instant>,
     health: Health,
+    watch: Option<Watch>,
+}
+
+/// The cgroup of a probe's helper: lines about it are marked.
+#[derive(Clone, Debug)]
+struct Watch {
+    cgroup: u64,
+    run: String,
+    unwritten: Option<String>,
 }
 
 /// How reading and writing go, for `remit status`.
@@ -124,7 +133,27 @@ impl Recorder {
             offset,
             heard: None,
             health: Health::default(),
+            watch: None,
         }
+    }
+
+    /// Marks lines about this cgroup as those of a probe.
+    pub fn watch(&mut self, cgroup: u64, run: String) {
+        self.watch = Some(Watch {
+            cgroup,
+            run,
+            unwritten: None,
+        });
+    }
+
+    /// Marks nothing any more.
+    pub fn watch_no_more(&mut self) {
+        self.watch = None;
+    }
+
+    /// Why a line of the probe could not be written, if one could not.
+    pub fn unwritten(&self) -> Option<String> {
+        self.watch.as_ref()?.unwritten.clone()
     }
 
     /// How reading and writing go.
@@ -417,10 +446,32 @@ impl Recorder {
             reason: violation.reason,
         };
         let host = self.host.clone();
+        let watched = |watch: &&Watch| watch.cgroup == violation.cgroup_id;
+        let run = self.watch.as_ref().filter(watched);
+        let run = run.map(|watch| watch.run.clone());
         let line = self.append(now, key, count, |sequence| {
-            violation.to_ocsf(&host, sequence)
+            let mut line = violation.to_ocsf(&host, sequence);
+            if let Some(run) = &run
+                && let Some(unmapped) = line.pointer_mut("/unmapped")
+                && let Some(unmapped) = unmapped.as_object_mut()
+            {
+                unmapped.insert("probe".to_owned(), run.as_str().into());
+            }
+            line
         });
-        let Some(text) = line else { return };
+        let Some(text) = line else {
+            if run.is_some()
+                && let Some(watch) = &mut self.watch
+            {
+                let why = self.health.broken.as_ref().map(|(_, why)| why.clone());
+                watch.unwritten = Some(why.unwrap_or_else(|| "the log cannot be written".into()));
+            }
+            return;
+        };
+        // What a probe provoked is no violation of the agent's own.
+        if run.is_some() {
+            return;
+        }
         let id = violation.agent.id.clone();
         self.last.insert(
             id.clone(),

@@ -1,5 +1,5 @@
 //! What the kernel says of the fence beyond its tables: how often a program ran, whose a cgroup is,
-//! how far the ring has been read. Only reads, but for [`Enforcer::mend_ring`].
+//! how far the ring has been read. And what a probe needs for a moment.
 
 use std::{
     io,
@@ -8,9 +8,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use agent_ebpf::abi::RING_BYTES;
+use agent_ebpf::abi::{Addr, RING_BYTES, Rule};
 
-use super::{Enforcer, object::HOOKS};
+use super::{ApplyError, Enforcer, Loan, object::HOOKS};
 
 /// How far the ring was written and read, in bytes since it was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,32 @@ impl Enforcer {
     /// When the table cannot be read.
     pub fn claimant(&self, cgroup: u64) -> io::Result<Option<u32>> {
         self.tables.claimant(cgroup)
+    }
+
+    /// What of an agent's word and row and of the epoch is not as it was put there, in words.
+    pub fn inspect_row(&self, agent: u32) -> Vec<String> {
+        self.tables.inspect_row(agent)
+    }
+
+    /// Lends rules at one exact address to an agent. None for one that is not in force.
+    ///
+    /// # Errors
+    /// When they cannot be written; then nothing is lent.
+    pub fn lend(
+        &mut self,
+        agent: u32,
+        addr: Addr,
+        rules: &[Rule],
+    ) -> Result<Option<Loan>, ApplyError> {
+        self.tables.lend(agent, addr, rules)
+    }
+
+    /// Takes a loan back.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the rules then end at their deadline.
+    pub fn take_back(&mut self, loan: Loan) -> Result<(), ApplyError> {
+        self.tables.take_back(loan)
     }
 
     /// How far the ring was written and read, by the kernel's own pages.

@@ -54,7 +54,7 @@ pub use object::{EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
 pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
-pub use table::Difference;
+pub use table::{Difference, Loan};
 
 /// Entries that the maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

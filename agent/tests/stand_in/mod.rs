@@ -15,8 +15,8 @@ use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
         Agent, AgentStatus, Agents, Answer, Cgroup, DriftSummary, Entry, Explain, Guard,
-        GuardState, Guarded, Held, LastViolation, Myself, Posture, Question, Reconciled, Refusal,
-        Registry, Reload, RunGrant, Source, Status,
+        GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt, ProbeVerdict,
+        Probed, Question, Reconciled, Refusal, Registry, Reload, RunGrant, Source, Status,
     },
     server::{Listener, serve},
 };
@@ -172,6 +172,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
             Request::Hold(hold, reply) => answer(reply, (answers.hold)(&hold)),
             Request::Resume(resume, reply) => answer(reply, (answers.resume)(&resume)),
             Request::Reconcile { repair, reply } => answer(reply, Ok((answers.reconcile)(repair))),
+            Request::Probe(id, reply) => answer(reply, probed(id)),
             Request::Guard(cgroup, reply) => answer(reply, Ok(guarded(cgroup))),
             Request::Run(request, reply) => {
                 let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
@@ -235,6 +236,7 @@ pub fn status(posture: Posture) -> Status {
             }),
             finding: None,
             hold: None,
+            last_probe: None,
         }],
         findings: Vec::new(),
         registry: Registry {
@@ -281,6 +283,40 @@ fn guarded(cgroup: String) -> Guarded {
         },
         cgroup,
     }
+}
+
+fn probed(id: String) -> Result<Probed, Refusal> {
+    let (verdict, evidence) = match id.as_str() {
+        "holds" => (ProbeVerdict::Pass, "refused at once"),
+        "open" => (ProbeVerdict::Fail, "connect succeeded, and must be refused"),
+        "dark" => (ProbeVerdict::Unknown, "connect ended with ENETUNREACH"),
+        _ => return Err(Refusal::no_such_agent(&id)),
+    };
+    let why = match verdict {
+        ProbeVerdict::Pass => Vec::new(),
+        ProbeVerdict::Fail | ProbeVerdict::Unknown => {
+            vec![format!("IPv4 TCP connect: {evidence}")]
+        }
+    };
+    Ok(Probed {
+        agent: id,
+        verdict,
+        why,
+        run: "1f".to_owned(),
+        began_ms: 1_793_836_800_000,
+        took_ms: 80,
+        cgroup: Some("/agents.slice/x.service".to_owned()),
+        attempts: vec![ProbeAttempt {
+            name: "IPv4 TCP connect".to_owned(),
+            hook: "cgroup/connect4".to_owned(),
+            to: Some("192.0.2.7:4000".to_owned()),
+            wanted: "must be refused as out_of_scope".to_owned(),
+            verdict,
+            evidence: evidence.to_owned(),
+        }],
+        revision: 7,
+        hash: "sha256:00".to_owned(),
+    })
 }
 
 fn agent() -> Agent {

@@ -15,6 +15,7 @@
 //! | `POST /v1/agents/ID/suspend` ([`HoldRequest`]) | change | [`Held`] |
 //! | `POST /v1/agents/ID/resume` ([`HoldRequest`])  | change | [`Held`] |
 //! | `POST /v1/agents/ID/revoke` ([`HoldRequest`])  | change | [`Held`] |
+//! | `POST /v1/agents/ID/probe` | change | [`Probed`] |
 //! | `POST /v1/run` ([`RunRequest`])  | change | [`RunGrant`] |
 //! | `GET /v1/self`                   | inside a governed cgroup | [`Myself`] |
 //!
@@ -24,6 +25,7 @@
 mod drift;
 mod guard;
 mod lifecycle;
+mod probe;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
@@ -32,6 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use drift::{Drift, DriftSummary, Reconciled};
 pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
+pub use probe::{LastProbe, ProbeAttempt, ProbeVerdict, Probed};
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";
@@ -153,6 +156,9 @@ pub struct AgentStatus {
     /// Who suspended or revoked it, and why; none when only its file says its state.
     #[serde(default)]
     pub hold: Option<HoldInfo>,
+    /// What its last probe came to; none since the daemon started.
+    #[serde(default)]
+    pub last_probe: Option<LastProbe>,
 }
 
 /// A cgroup that an agent claims.
