@@ -507,6 +507,7 @@ fn drifted(repaired: Option<bool>) -> Drift {
         found: "0x7\u{1b}[2J".to_owned(),
         wanted: "0x8".to_owned(),
         since_ms: 1_793_836_890_000,
+        remedy: Some("writes it anew".to_owned()),
         repaired,
         error: (repaired == Some(false)).then(|| "no room".to_owned()),
     }
@@ -544,6 +545,14 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
                 false => vec![drifted(None)],
                 true => vec![drifted(Some(true)), drifted(Some(false))],
             },
+            notices: vec![Drift {
+                kind: "unclaimed_cgroup".to_owned(),
+                what: "cgroup /agents.slice/x".to_owned(),
+                agent: None,
+                found: "1 processes that are nobody's".to_owned(),
+                remedy: Some("nothing: register an agent".to_owned()),
+                ..drifted(None)
+            }],
             information: vec!["`coder` has no cgroup yet".to_owned()],
             ..reconciled()
         },
@@ -555,7 +564,12 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
     let sentence = logged(Mending::NotTried);
     assert_eq!(
         stdout(&compared),
-        format!("{sentence}\nInformation: `coder` has no cgroup yet\n")
+        format!(
+            "{sentence}\n  since 2026-11-05T00:01:30Z\n  --repair: writes it anew\nNotice: \
+             unclaimed_cgroup: cgroup /agents.slice/x: 1 processes that are nobody's, since \
+             2026-11-05T00:01:30Z; nothing: register an agent\nInformation: `coder` has no cgroup \
+             yet\n"
+        )
     );
     assert_eq!(
         stderr(&compared),
@@ -565,7 +579,8 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
     assert_eq!(code(&partly), 1);
     assert!(
         stdout(&partly).starts_with(&format!(
-            "{}\n{}\n",
+            "{}\n  since 2026-11-05T00:01:30Z\n{}\n  since 2026-11-05T00:01:30Z\n  --repair: \
+             writes it anew\n",
             logged(Mending::Mended),
             logged(Mending::Failed("no room".to_owned()))
         )),

@@ -57,7 +57,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
     let guarded = loop {
         let told = ask(&client, &wanted, &inside);
         match told {
-            Ok(guarded) if guarded.ok || Instant::now() >= until => break guarded,
+            Ok(guarded) if is_settled(&guarded) || Instant::now() >= until => break guarded,
             Ok(_) => {}
             Err(failure) if Instant::now() >= until => return Err(failure),
             Err(_) => {}
@@ -85,6 +85,11 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
         }
     }
     Ok(Outcome::of(guarded.ok))
+}
+
+/// Whether waiting changes nothing: only a cgroup that was just born is not anybody's yet.
+fn is_settled(guarded: &Guarded) -> bool {
+    guarded.ok || guarded.agent.is_some() || guarded.root.is_none()
 }
 
 fn ask(client: &Client, wanted: &CgroupPath, inside: &CgroupPath) -> Result<Guarded> {

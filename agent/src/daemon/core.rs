@@ -7,6 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options, SETTLE_EVERY,
+    differences::Seen,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
@@ -57,6 +58,7 @@ pub struct Core {
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
     pub(super) beats: Beats,
+    pub(super) seen: Seen,
     pub(super) probing: Probing,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
@@ -213,6 +215,7 @@ impl Core {
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
             beats: Beats::default(),
+            seen: Seen::default(),
             probing: Probing::default(),
             damage: loaded.damage,
             laps,

@@ -14,6 +14,7 @@ mod attribution;
 mod closing;
 mod core;
 mod detach;
+mod differences;
 mod endings;
 mod evidence;
 mod files;

@@ -89,6 +89,7 @@ pub fn reconciled() -> Reconciled {
         took_ms: 3,
         entries: 41,
         drift: Vec::new(),
+        notices: Vec::new(),
         information: Vec::new(),
     }
 }

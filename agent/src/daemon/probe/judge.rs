@@ -7,6 +7,7 @@
 //! | refused | EPERM          | no    | yes     | of the hook and reason  | PASS    |
 //! | refused | EPERM          | no    | yes     | of another              | FAIL    |
 //! | refused | EPERM          | no    | yes     | none                    | FAIL; UNKNOWN if the agent floods |
+//! | refused | EPERM          | no    | yes     | of the hook, and the ring makes no sense | FAIL |
 //! | refused | EPERM          | no    | no      | none                    | UNKNOWN: refused by somebody else |
 //! | refused | success, or it was heard                           ||| any| FAIL    |
 //! | refused | another error, or nothing | no | any | of another hook     | FAIL    |
@@ -154,12 +155,14 @@ impl Evidence {
             let why = "refused by somebody else, before the fence was asked: nothing was counted";
             return (Unknown, why.to_owned());
         }
-        match &self.line {
-            Some(_) => (
+        match (&self.line, &self.ring) {
+            // A line that came without the ring came late, out of the folds.
+            (Some(_), Some(why)) => (Fail, format!("refused, but its record was lost: {why}")),
+            (Some(_), None) => (
                 Pass,
                 format!("refused at once as {wanted}, counted and told; nothing arrived"),
             ),
-            None => self.untold(),
+            (None, _) => self.untold(),
         }
     }
 
@@ -292,7 +295,7 @@ mod tests {
     #[test]
     fn a_refusal_passes_with_all_of_its_evidence_and_not_without() {
         assert_eq!(verdict(&good(), OUT), Pass);
-        let without: [(&str, Evidence, ProbeVerdict); 9] = [
+        let without: [(&str, Evidence, ProbeVerdict); 10] = [
             (
                 "heard",
                 Evidence {
@@ -313,6 +316,14 @@ mod tests {
                 "another hook",
                 Evidence {
                     line: line(Hook::Egress, Reason::OutOfScope),
+                    ..good()
+                },
+                Fail,
+            ),
+            (
+                "a ring that cannot be read",
+                Evidence {
+                    ring: Some("read to 9 of 7".to_owned()),
                     ..good()
                 },
                 Fail,

@@ -399,16 +399,17 @@ impl<'a> Trial<'a> {
                 heard,
                 counted: Counted::between(&before.counters, &after.counters, wanted),
                 line: self.trace.find(mark, hook.name()),
-                unwritten: read
-                    .err()
-                    .map(|error| error.to_string())
-                    .or_else(|| after.unwritten.clone()),
+                unwritten: after.unwritten.clone().or_else(|| {
+                    let error = read.err()?;
+                    Some(format!("it cannot be read back: {error}"))
+                }),
                 ring: after.ring.clone(),
             };
             // A line that is due may take a moment; one that is not is not waited for.
             let due = evidence.counted.any > 0 && evidence.line.is_none();
             let due = due && !matches!(wanted, Wanted::Through);
-            if !due || evidence.unwritten.is_some() || Instant::now() >= until {
+            let broken = evidence.unwritten.is_some() || evidence.ring.is_some();
+            if !due || broken || Instant::now() >= until {
                 break (after, evidence);
             }
             thread::sleep(Duration::from_millis(10));
