@@ -98,6 +98,8 @@ const COMMANDS: &[&str] = &[
     "revoke",
     "reload",
     "reconcile",
+    "doctor",
+    "discover",
     "probe",
     "completions",
     "man",

@@ -11,18 +11,82 @@ use remit::{
     kernel::boot_nanos,
     policy::{self, Clock, Outcome, Question, Source, SourceKind},
 };
+use serde_json::Value;
 
 use crate::{
     harness::Case,
-    support::{Agent, Ctx, Dice, Fixture, api, claim, expect, scale},
+    support::{
+        Agent, Ctx, Dice, Family, Fixture, Way, api, claim, eventually, expect,
+        network::{OUT_V4, OUT_V6},
+        scale,
+    },
 };
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    vec![Case::new(
-        "proof::ten_thousand_answers_are_the_kernels",
-        answers,
-    )]
+    vec![
+        Case::new("proof::ten_thousand_answers_are_the_kernels", answers),
+        Case::new("proof::explain_tells_the_whole_way", whole_way),
+    ]
+}
+
+/// Cgroup, entries, both of the kernel's answers; the last refusal; and the agent's own view.
+fn whole_way(ctx: &mut Ctx) -> Result<()> {
+    let fx = Fixture::start(ctx, &[Agent::standard("alpha").deny("198.51.100.64/26")])?;
+    let mut actor = fx.actor("alpha")?;
+    for (to, code) in [
+        ("198.51.100.10:443", 0),
+        ("198.51.100.10:443/udp", 0),
+        ("198.51.100.10:444", 1),
+        ("198.51.100.70:443", 1),
+        ("203.0.113.10:53/udp", 1),
+        ("[2001:db8:1::10]:443", 0),
+        ("[2001:db8:2::10]:443/udp", 1),
+        ("[::ffff:203.0.113.10]:443", 1),
+        ("169.254.169.254:80", 1),
+        ("198.51.100.10/icmp", 0),
+        ("203.0.113.10/icmp", 1),
+    ] {
+        let said = fx
+            .place()
+            .remit(&["explain", "alpha", to, "--attached", "--json"])?;
+        expect(to, said.code, code).with_context(|| format!("{}{}", said.stdout, said.stderr))?;
+        let told: Value = serde_json::from_str(&said.stdout)?;
+        expect(to, told["agree"].as_bool(), Some(true)).with_context(|| said.stdout.clone())?;
+        let row = &told["answers"][0];
+        let passes = row["attached"]["passes"].as_bool();
+        expect(to, passes, Some(code == 0)).with_context(|| said.stdout.clone())?;
+        claim(
+            row["kernel"]["cgroups"][0]
+                .as_str()
+                .is_some_and(|path| path.ends_with("alpha.service")),
+            || said.stdout.clone(),
+        )?;
+    }
+    let said = fx
+        .place()
+        .remit(&["explain", "alpha", "198.51.100.70:443"])?;
+    for part in [
+        "looked at 198.51.100.64/26: deny any by scope.deny[0]",
+        "198.51.100.0/24: not asked, there is a longer one",
+        "cgroup ",
+        "change ",
+    ] {
+        claim(said.stdout.contains(part), || said.stdout.clone())?;
+    }
+    // What a probe or a test-run provoked is not what the agent was refused last.
+    let none = fx.place().remit(&["explain", "--last", "alpha"])?;
+    expect("nothing was refused yet", none.code, 1)?;
+    let to = Family::V6.pick(OUT_V4, OUT_V6, 8443)?;
+    let tried = Way::Tcp.perform(&mut actor, Family::V6, to)?;
+    expect("errno", tried.errno, libc::EPERM)?;
+    eventually(5, || {
+        let said = fx.place().remit(&["explain", "--last", "alpha"])?;
+        claim(
+            said.stdout.contains("2001:db8:2::10") && said.stdout.contains("8443"),
+            || format!("{}{}", said.stdout, said.stderr),
+        )
+    })
 }
 
 fn answers(ctx: &mut Ctx) -> Result<()> {

@@ -6,7 +6,10 @@ mod check;
 mod compiled;
 mod daemon;
 mod destination;
+mod discover;
+mod doctor;
 mod explain;
+mod explain_last;
 mod explain_name;
 mod format;
 mod guard;
@@ -94,6 +97,10 @@ enum Command {
     Reload(reload::Arguments),
     /// Compare the registry with what the kernel has, and list each difference.
     Reconcile(reconcile::Arguments),
+    /// Say whether this host can enforce, what is missing, and how an agent could get out.
+    Doctor,
+    /// List processes outside every root that look like AI agents.
+    Discover(discover::Arguments),
     /// Try the fence from inside an agent's cgroup.
     Probe(probe::Arguments),
     /// What a probe starts inside the fence; orders come on standard input.
@@ -149,6 +156,8 @@ impl Global {
             Command::Revoke(arguments) => lifecycle::revoke(self, arguments, &output),
             Command::Reload(arguments) => reload::run(self, &arguments, &output),
             Command::Reconcile(arguments) => reconcile::run(self, &arguments, &output),
+            Command::Doctor => doctor::run(self, &output),
+            Command::Discover(arguments) => discover::run(self, &arguments, &output),
             Command::Probe(arguments) => probe::run(self, &arguments, &output),
             Command::ProbeHelper => probe::help(),
             Command::Completions(arguments) => support::completions(&arguments, &output),

@@ -288,7 +288,7 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/agents/{id}/resume", post(resume))
         .route("/v1/agents/{id}/revoke", post(revoke))
         .route("/v1/agents/{id}/probe", post(probe))
-        .route("/v1/explain", get(explain))
+        .route("/v1/explain", get(explain).post(attached))
         .route("/v1/guard", get(guard))
         .route("/v1/reconcile", get(compare).post(repair))
         .route("/v1/reload", post(reload))
@@ -388,6 +388,21 @@ async fn explain(
             Refusal::new(Code::BadRequest, error.body_text())
                 .help("the form is `?agent=ID&addr=ADDRESS&port=NUMBER&protocol=NUMBER`"),
         ),
+    }
+}
+
+async fn attached(state: State<Calls>, caller: Extension<Caller>, body: Sent) -> Response {
+    match read(
+        body,
+        r#"the form is `{"agent": "ID", "addr": "ADDRESS", "port": NUMBER}`"#,
+    ) {
+        Ok(body) => {
+            ask(state, caller, CHANGE, |reply| {
+                Request::Attached(body, reply)
+            })
+            .await
+        }
+        Err(refusal) => refuse(refusal),
     }
 }
 

@@ -44,6 +44,7 @@ impl Core {
             }
             Request::Hold(request, reply) => self.answer_hold(&call.caller, &request, reply),
             Request::Resume(request, reply) => self.answer_resume(&call.caller, &request, reply),
+            Request::Attached(question, reply) => self.ask_attached(question, reply),
             Request::Probe(id, reply) => self.probe_on_request(&call.caller, id, reply),
             Request::Guard(path, reply) => drop(reply.send(self.guarded(&path))),
             Request::Reconcile { repair, reply } => {
@@ -304,6 +305,12 @@ impl Core {
             source: Source::Kernel,
             hash: tables.hash.clone(),
             revision,
+            cgroups: self
+                .claims
+                .iter()
+                .filter(|(_, (_, agent))| *agent == index)
+                .map(|(path, _)| path.to_string())
+                .collect(),
             note: (said.cause != 0).then(|| {
                 abi::Cause::from_byte(said.cause).map_or_else(
                     || "unknown cause".to_owned(),

@@ -4,13 +4,14 @@
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
+    path::{Path, PathBuf},
     ptr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use agent_ebpf::abi::{Addr, RING_BYTES, Rule};
 
-use super::{ApplyError, Enforcer, Loan, object::HOOKS};
+use super::{ApplyError, Enforcer, Loan, object::HOOKS, sys};
 
 /// How far the ring was written and read, in bytes since it was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,11 @@ impl Enforcer {
     /// What of an agent's word and row and of the epoch is not as it was put there, in words.
     pub fn inspect_row(&self, agent: u32) -> Vec<String> {
         self.tables.inspect_row(agent)
+    }
+
+    /// Where the program of a hook is pinned.
+    pub fn program_pin(&self, program: &str) -> PathBuf {
+        self.pinned.programs.join(program)
     }
 
     /// Lends rules at one exact address to an agent. None for one that is not in force.
@@ -108,6 +114,17 @@ impl Enforcer {
         consumer.position().store(state.produced, Ordering::Release);
         Ok(())
     }
+}
+
+/// Runs a pinned program once on a packet (with an Ethernet header in front), as the calling
+/// process: the packet's socket is made in its cgroup. Returns the program's id and its verdict.
+///
+/// # Errors
+/// When there is no such pin, or the kernel refuses.
+pub fn run_pinned(program: &Path, packet: &[u8]) -> io::Result<(u32, u32)> {
+    let id = super::pins::program_at(program)?.id();
+    let fd = sys::open_pin(program)?;
+    Ok((id, sys::test_run(fd.as_fd(), packet)?))
 }
 
 fn page_size() -> io::Result<usize> {

@@ -48,7 +48,7 @@ use self::{
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
-pub use evidence::RingState;
+pub use evidence::{RingState, run_pinned};
 pub use image::Image;
 pub use object::{EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};

@@ -14,7 +14,7 @@ use std::{
 use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
-        Agent, AgentStatus, Agents, Answer, Cgroup, DriftSummary, Entry, Explain, Guard,
+        Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain, Guard,
         GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt, ProbeVerdict,
         Probed, Question, Reconciled, Refusal, Registry, Reload, RunGrant, Source, Status,
     },
@@ -157,6 +157,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                     source: Source::Kernel,
                     hash: "sha256:00".to_owned(),
                     revision: 7,
+                    cgroups: Vec::new(),
                     note: None,
                 };
                 answer(reply, Ok(explain));
@@ -173,6 +174,15 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
             Request::Hold(hold, reply) => answer(reply, (answers.hold)(&hold)),
             Request::Resume(resume, reply) => answer(reply, (answers.resume)(&resume)),
             Request::Reconcile { repair, reply } => answer(reply, Ok((answers.reconcile)(repair))),
+            Request::Attached(question, reply) => answer(
+                reply,
+                Ok(Attached {
+                    passes: question.port == 443,
+                    program: 44,
+                    cgroup: "/agents.slice/x.service".to_owned(),
+                    run: "1f".to_owned(),
+                }),
+            ),
             Request::Probe(id, reply) => answer(reply, probed(id)),
             Request::Guard(cgroup, reply) => answer(reply, Ok(guarded(cgroup))),
             Request::Run(request, reply) => {

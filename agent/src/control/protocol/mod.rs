@@ -8,6 +8,7 @@
 //! | `GET /v1/agents`                 | read   | [`Agents`] |
 //! | `GET /v1/agents/ID`              | read   | [`Agent`] |
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
+//! | `POST /v1/explain` ([`Question`]), which the kernel counts | change | [`Attached`] |
 //! | `GET /v1/guard?cgroup=` ([`GuardQuestion`]) | read | [`Guarded`] |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
@@ -291,8 +292,25 @@ pub struct Explain {
     pub hash: String,
     /// Revision that was asked; 0 for the registry on disk.
     pub revision: u64,
+    /// Cgroups that the agent claims now; none where the registry on disk answered.
+    #[serde(default)]
+    pub cgroups: Vec<String>,
     /// What else is worth saying, such as the cause of a fault.
     pub note: Option<String>,
+}
+
+/// What the attached egress program did with a packet, run on it from inside the agent's cgroup
+/// (`BPF_PROG_TEST_RUN`). The kernel counts that as an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Whether it lets the packet pass.
+    pub passes: bool,
+    /// The program's id, which is that under the root's link.
+    pub program: u32,
+    /// The agent's cgroup from which it was asked.
+    pub cgroup: String,
+    /// Stands in `unmapped.probe` of the line, if it dropped the packet.
+    pub run: String,
 }
 
 /// A verdict, as an answer.
@@ -413,6 +431,9 @@ pub struct Denial {
     pub reason: String,
     /// The line for people.
     pub text: String,
+    /// What to do about it, in a sentence that a program or a model can act on.
+    #[serde(default)]
+    pub advice: String,
 }
 
 /// Why a request got no answer.

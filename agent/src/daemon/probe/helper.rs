@@ -4,6 +4,7 @@
 use std::{
     io::{self, BufRead as _, ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -13,7 +14,8 @@ use nix::sys::{
     socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket},
 };
 
-use super::order::{Family, Order, Tried, Way};
+use super::order::{Family, Order, Task, Tried, Way};
+use crate::kernel;
 
 /// How long one attempt may take.
 pub(super) const PATIENCE: Duration = Duration::from_millis(800);
@@ -27,14 +29,32 @@ pub fn serve() -> io::Result<()> {
     prctl::set_dumpable(false)?;
     let mut answers = io::stdout().lock();
     for line in io::stdin().lock().lines() {
-        let order: Order = serde_json::from_str(&line?)?;
-        let tried = attempt(&order);
+        let tried = match serde_json::from_str(&line?)? {
+            Task::Try(order) => attempt(&order),
+            Task::Run { program, packet } => run(&program, &packet),
+        };
         let mut text = serde_json::to_vec(&tried)?;
         text.push(b'\n');
         answers.write_all(&text)?;
         answers.flush()?;
     }
     Ok(())
+}
+
+/// The packet is judged as one of a socket that this process made, so as the agent's.
+fn run(program: &Path, packet: &[u8]) -> Tried {
+    let mut tried = Tried {
+        step: "running the program".to_owned(),
+        ..Tried::default()
+    };
+    match kernel::run_pinned(program, packet) {
+        Ok((id, verdict)) => {
+            tried.program = id;
+            tried.heard = verdict == 1;
+        }
+        Err(error) => tried.errno = error.raw_os_error().unwrap_or(libc::EIO),
+    }
+    tried
 }
 
 fn attempt(order: &Order) -> Tried {

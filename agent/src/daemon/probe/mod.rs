@@ -16,6 +16,7 @@ mod ears;
 pub mod helper;
 mod judge;
 mod order;
+mod packet;
 mod plan;
 mod steps;
 mod trace;

@@ -1,6 +1,9 @@
 //! What the helper inside the fence is told, and what it answers: a line of JSON each.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use agent_ebpf::abi::Hook;
 use serde::{Deserialize, Serialize};
@@ -35,6 +38,21 @@ pub enum Way {
     OwnUdp,
 }
 
+/// What the helper is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// Attempt something.
+    Try(Order),
+    /// Run a pinned program on a packet.
+    Run {
+        /// Where it is pinned.
+        program: PathBuf,
+        /// With an Ethernet header in front.
+        packet: Vec<u8>,
+    },
+}
+
 /// One attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Order {
@@ -57,8 +75,11 @@ pub struct Tried {
     pub errno: i32,
     /// Port that was tried, where the helper chose it.
     pub port: u16,
-    /// Whether the helper's own listener got what was sent.
+    /// Whether the helper's own listener got what was sent, or the program let the packet pass.
     pub heard: bool,
+    /// Id of the program that was run.
+    #[serde(default)]
+    pub program: u32,
 }
 
 // === impl Order ===

@@ -8,16 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Addr, Counters, Rule};
+use agent_ebpf::abi::{Addr, Counters, Hook, Rule};
 use tracing::warn;
 
-use super::worker::{Job, Worker};
+use super::worker::{Job, Work, Worker};
 use crate::{
     audit::{Actor, Decision, ProbeResult, ProbeRun},
     cgroup::{CgroupPath, Hierarchy},
     control::{
         Caller, Hold, HoldState, Processes, Reply, Rights,
-        protocol::{Code, LastProbe, ProbeVerdict, Probed, Refusal},
+        protocol::{Attached, Code, LastProbe, ProbeVerdict, Probed, Question, Refusal},
     },
     daemon::{
         core::{Core, boot_now},
@@ -40,6 +40,8 @@ pub enum Step {
     TakeBack(mpsc::Sender<Result<(), String>>),
     /// What came of it.
     End(Box<Probed>, Job),
+    /// What the attached program said.
+    Told(Result<Attached, String>, Reply<Attached>),
 }
 
 /// A place to try from.
@@ -57,6 +59,9 @@ pub struct Ground {
     pub run: String,
     /// What of the agent's row, word and claim in the kernel is not as it was put there.
     pub wrong: Vec<String>,
+    /// Where the egress program is pinned, and the id of the one that is attached.
+    pub egress: PathBuf,
+    pub attached: Option<u32>,
     /// The violation log.
     pub log: PathBuf,
     pub revision: u64,
@@ -130,17 +135,48 @@ impl Core {
             by,
             reply: Some(reply),
         };
-        let busy = match &self.probing.worker {
-            Some(worker) => worker.give(job).err(),
-            None => Some(job),
-        };
-        if let Some(Job {
-            reply: Some(reply), ..
-        }) = busy
-        {
-            let refusal = Refusal::new(Code::Unavailable, "too many probes wait already");
-            drop(reply.send(Err(refusal)));
+        self.give(Work::Probe(job));
+    }
+
+    /// Has the attached program judge a packet of an agent.
+    pub(in crate::daemon) fn ask_attached(&mut self, question: Question, reply: Reply<Attached>) {
+        if self.force.agents.contains_key(&question.agent) {
+            self.give(Work::Ask(question, reply));
+        } else {
+            drop(reply.send(Err(Refusal::no_such_agent(&question.agent))));
         }
+    }
+
+    fn give(&mut self, work: Work) {
+        let refused = match &self.probing.worker {
+            Some(worker) => worker.give(work).err(),
+            None => Some(work),
+        };
+        let refusal = Refusal::new(Code::Unavailable, "too many probes wait already");
+        match refused {
+            Some(Work::Probe(Job { reply, .. })) => {
+                if let Some(reply) = reply {
+                    drop(reply.send(Err(refusal)));
+                }
+            }
+            Some(Work::Ask(_, reply)) => drop(reply.send(Err(refusal))),
+            None => {}
+        }
+    }
+
+    /// Id of the egress program under the link of the root around `path`.
+    fn attached_to(&self, path: &CgroupPath) -> Option<u32> {
+        let root = self
+            .roots
+            .iter()
+            .find(|root| path.is_within(root))?
+            .to_string();
+        let (_, fence) = self.enforcer.fences().find(|(fenced, _)| *fenced == root)?;
+        let guards = fence.guards();
+        let egress = guards
+            .iter()
+            .find(|guard| guard.hook == Hook::Egress.name())?;
+        egress.link.map(|link| link.program)
     }
 
     /// Once a second: the probes that are due.
@@ -175,7 +211,7 @@ impl Core {
                 by: Actor::Daemon,
                 reply: None,
             };
-            if let Err(job) = worker.give(job) {
+            if let Err(Work::Probe(job)) = worker.give(Work::Probe(job)) {
                 self.probing.queue.push_front(job.agent);
                 break;
             }
@@ -194,6 +230,17 @@ impl Core {
             Step::Lend(rules, reply) => drop(reply.send(self.lend(rules))),
             Step::TakeBack(reply) => drop(reply.send(self.take_back())),
             Step::End(probed, job) => self.end_probe(*probed, job),
+            Step::Told(told, reply) => {
+                self.probing.now = None;
+                self.recorder.watch_no_more();
+                let told = told.map_err(|why| {
+                    Refusal::new(
+                        Code::Conflict,
+                        format!("the attached program could not be asked: {why}"),
+                    )
+                });
+                drop(reply.send(told));
+            }
         }
     }
 
@@ -238,6 +285,7 @@ impl Core {
             revision: self.force.revision,
             loans: Vec::new(),
         });
+        let attached = self.attached_to(&claimed);
         Ok(Ground {
             hierarchy: self.hierarchy.clone(),
             cgroup,
@@ -246,6 +294,8 @@ impl Core {
             clock: self.offset.clock(),
             run,
             wrong,
+            egress: self.enforcer.program_pin("remit_egress"),
+            attached,
             log: self.settings.paths.log.join("violations.jsonl"),
             revision: self.force.revision,
         })

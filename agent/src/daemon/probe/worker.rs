@@ -21,7 +21,8 @@ use super::{
     ears::Ear,
     helper::PATIENCE,
     judge::{Counted, Evidence, Wanted},
-    order::{Family, Order, Tried, Way},
+    order::{Family, Order, Task, Tried, Way},
+    packet::packet,
     plan::{self, Registry},
     steps::{Ground, LEND_FOR, Sight, Step},
     trace::{Mark, Trace},
@@ -30,7 +31,7 @@ use crate::{
     audit::Actor,
     control::{
         Reply,
-        protocol::{ProbeAttempt, ProbeVerdict, Probed},
+        protocol::{Attached, ProbeAttempt, ProbeVerdict, Probed, Question},
     },
     daemon::time::wall_millis,
     kernel::boot_nanos,
@@ -47,6 +48,15 @@ const SILENCE: Duration = Duration::from_millis(20);
 /// How long the daemon may take for one of the worker's questions.
 const DAEMON: Duration = Duration::from_secs(20);
 
+/// Something to do inside a fence.
+#[derive(Debug)]
+pub enum Work {
+    /// Probe an agent.
+    Probe(Job),
+    /// Have the attached program judge a packet.
+    Ask(Question, Reply<Attached>),
+}
+
 /// An agent to probe.
 #[derive(Debug)]
 pub struct Job {
@@ -60,7 +70,7 @@ pub struct Job {
 
 /// The worker, to give it jobs.
 #[derive(Debug)]
-pub struct Worker(mpsc::SyncSender<Job>);
+pub struct Worker(mpsc::SyncSender<Work>);
 
 /// Why a probe proves nothing.
 type Unclear = String;
@@ -73,13 +83,16 @@ impl Worker {
     /// # Errors
     /// When the system gives no thread.
     pub fn start(steps: channel::Sender<Step>) -> io::Result<Self> {
-        let (sender, jobs) = mpsc::sync_channel::<Job>(WAITING);
+        let (sender, works) = mpsc::sync_channel::<Work>(WAITING);
         thread::Builder::new()
             .name("probe".to_owned())
             .spawn(move || {
-                for job in jobs {
-                    let probed = Box::new(probe(&job.agent, &steps));
-                    if steps.blocking_send(Step::End(probed, job)).is_err() {
+                for work in works {
+                    let end = match work {
+                        Work::Probe(job) => Step::End(Box::new(probe(&job.agent, &steps)), job),
+                        Work::Ask(question, reply) => Step::Told(judged(&question, &steps), reply),
+                    };
+                    if steps.blocking_send(end).is_err() {
                         return;
                     }
                 }
@@ -88,9 +101,9 @@ impl Worker {
     }
 
     /// Gives it a job, or gives it back when too many wait.
-    pub fn give(&self, job: Job) -> Result<(), Job> {
-        self.0.try_send(job).map_err(|error| match error {
-            mpsc::TrySendError::Full(job) | mpsc::TrySendError::Disconnected(job) => job,
+    pub fn give(&self, work: Work) -> Result<(), Work> {
+        self.0.try_send(work).map_err(|error| match error {
+            mpsc::TrySendError::Full(work) | mpsc::TrySendError::Disconnected(work) => work,
         })
     }
 }
@@ -149,6 +162,47 @@ fn probe(agent: &str, steps: &channel::Sender<Step>) -> Probed {
     probed
 }
 
+/// Has the attached program judge a packet, from inside the agent's cgroup.
+fn judged(question: &Question, steps: &channel::Sender<Step>) -> Result<Attached, Unclear> {
+    let ground = ask(steps, |reply| Step::Begin(question.agent.clone(), reply))??;
+    let result = Trial::start(&ground, steps).and_then(|mut trial| {
+        let tried = trial.tell(&Task::Run {
+            program: ground.egress.clone(),
+            packet: packet(question),
+        });
+        // Its line, if any, is taken in while it can still be marked.
+        let looked = ask(steps, Step::Look);
+        trial.end();
+        looked.and(tried)
+    });
+    clear(&ground);
+    let tried = result?.ok_or("the helper gave no answer")?;
+    if tried.errno != 0 {
+        return Err(format!("{} failed with errno {}", tried.step, tried.errno));
+    }
+    if ground.attached != Some(tried.program) {
+        return Err(format!(
+            "program {} was asked, and the root's link holds {:?}",
+            tried.program, ground.attached
+        ));
+    }
+    Ok(Attached {
+        passes: tried.heard,
+        program: tried.program,
+        cgroup: ground.claimed.to_string(),
+        run: ground.run,
+    })
+}
+
+/// Ends what is left of a helper.
+fn clear(ground: &Ground) {
+    // The helper ends with its pipe; whatever keeps it is killed.
+    drop(ground.hierarchy.kill(&ground.cgroup));
+    let until = Instant::now() + PATIENCE;
+    drop(ground.hierarchy.wait_empty(&ground.cgroup, until));
+    drop(ground.hierarchy.remove(&ground.cgroup));
+}
+
 fn try_all(agent: &str, steps: &channel::Sender<Step>, probed: &mut Probed) -> Result<(), Unclear> {
     let ground = ask(steps, |reply| Step::Begin(agent.to_owned(), reply))??;
     probed.run.clone_from(&ground.run);
@@ -162,11 +216,7 @@ fn try_all(agent: &str, steps: &channel::Sender<Step>, probed: &mut Probed) -> R
         trial.end();
         tried
     });
-    // The helper ends with its pipe; whatever keeps it is killed.
-    drop(ground.hierarchy.kill(&ground.cgroup));
-    let until = Instant::now() + PATIENCE;
-    drop(ground.hierarchy.wait_empty(&ground.cgroup, until));
-    drop(ground.hierarchy.remove(&ground.cgroup));
+    clear(&ground);
     result
 }
 
@@ -360,7 +410,7 @@ impl<'a> Trial<'a> {
         ear: Option<&Ear>,
     ) -> Result<(), Unclear> {
         let before = ask(self.steps, Step::Look)?;
-        let tried = self.have_tried(&order)?;
+        let tried = self.tell(&Task::Try(order.clone()))?;
         let mut to = order.to;
         let chosen = tried.as_ref().map_or(0, |tried| tried.port);
         if ear.is_none() && chosen != 0 {
@@ -434,8 +484,8 @@ impl<'a> Trial<'a> {
     }
 
     /// The helper's answer; none when it gives none in time.
-    fn have_tried(&mut self, order: &Order) -> Result<Option<Tried>, Unclear> {
-        let mut line = serde_json::to_vec(order).map_err(|error| error.to_string())?;
+    fn tell(&mut self, task: &Task) -> Result<Option<Tried>, Unclear> {
+        let mut line = serde_json::to_vec(task).map_err(|error| error.to_string())?;
         line.push(b'\n');
         if let Err(error) = self.orders.write_all(&line) {
             return Err(format!("the helper is gone: {error}"));
