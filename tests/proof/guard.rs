@@ -81,9 +81,10 @@ fn guard(ctx: &mut Ctx) -> Result<()> {
     claim(said.stderr.contains("not_enforcing"), || said.stderr)?;
 
     fx.daemon.kill()?;
-    for args in [&unit[..], &["status", "--require", "enforcing"]] {
-        let said = fx.place().remit(args)?;
-        expect("without a daemon it cannot be told", said.code, 3)?;
-    }
+    let said = fx.place().remit(&["status", "--require", "enforcing"])?;
+    expect("without a daemon it cannot be told", said.code, 3)?;
+    // It waits for one that restarts.
+    let said = inside(&fx, fx.cgroup("alpha")?, &unit)?;
+    expect("and nothing starts", said.code, 3)?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 mod faults;
 mod guard;
+mod host;
 mod outside;
 mod probe;
 mod questions;
@@ -22,6 +23,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = probe::cases();
     cases.extend(faults::cases());
     cases.extend(guard::cases());
+    cases.extend(host::cases());
     cases.extend(outside::cases());
     cases.extend(questions::cases());
     cases.extend(scale::cases());

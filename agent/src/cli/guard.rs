@@ -55,12 +55,13 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
     let client = super::client(&settings)?.patient_for(WAIT);
     let until = Instant::now() + WAIT;
     let guarded = loop {
-        let told = ask(&client, &wanted, &inside);
-        match told {
-            Ok(guarded) if is_settled(&guarded) || Instant::now() >= until => break guarded,
+        let late = Instant::now() >= until;
+        match ask(&client, &wanted, &inside) {
+            Ok(guarded) if is_settled(&guarded) || late => break guarded,
             Ok(_) => {}
-            Err(failure) if Instant::now() >= until => return Err(failure),
-            Err(_) => {}
+            Err(Untold::NoDaemon(_)) if !late => {}
+            Err(Untold::NoDaemon(error)) => return Err(error.into()),
+            Err(Untold::Final(failure)) => return Err(failure),
         }
         sleep(PAUSE);
     };
@@ -92,7 +93,28 @@ fn is_settled(guarded: &Guarded) -> bool {
     guarded.ok || guarded.agent.is_some() || guarded.root.is_none()
 }
 
-fn ask(client: &Client, wanted: &CgroupPath, inside: &CgroupPath) -> Result<Guarded> {
+/// Why nothing was told.
+enum Untold {
+    /// Nobody is there, which may change.
+    NoDaemon(ClientError),
+    /// All else.
+    Final(Failure),
+}
+
+impl From<ClientError> for Untold {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::NoDaemon(_) => Self::NoDaemon(error),
+            error => Self::Final(error.into()),
+        }
+    }
+}
+
+fn ask(
+    client: &Client,
+    wanted: &CgroupPath,
+    inside: &CgroupPath,
+) -> std::result::Result<Guarded, Untold> {
     let path = wanted.to_string();
     let query = format!("/guard?cgroup={}", super::agents::segment(&path));
     match client.get::<Guarded>(&query) {
@@ -102,14 +124,14 @@ fn ask(client: &Client, wanted: &CgroupPath, inside: &CgroupPath) -> Result<Guar
         Err(error) => return Err(error.into()),
     }
     if !inside.is_within(wanted) {
-        return Err(Failure::unknown(format!(
-            "from inside `{inside}` nothing can be told of `{wanted}`"
-        )));
+        let why = format!("from inside `{inside}` nothing can be told of `{wanted}`");
+        return Err(Untold::Final(Failure::unknown(why)));
     }
     let myself: Myself = client.get("/self")?;
+    let none = "the daemon cannot tell in which cgroup this process runs";
     myself
         .guard
-        .ok_or_else(|| Failure::unknown("the daemon cannot tell in which cgroup this process runs"))
+        .ok_or_else(|| Untold::Final(Failure::unknown(none)))
 }
 
 /// The cgroup of a unit: this process's own, or the only one of that name.

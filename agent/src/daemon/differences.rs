@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
+    time::Duration,
 };
 
 use agent_ebpf::abi::State;
@@ -125,7 +126,8 @@ impl Core {
             all.push((difference, Cure::Survey));
         };
         for (path, (id, agent)) in &wanted {
-            if self.claims.get(path) != Some(&(*id, *agent)) {
+            // One that was born just now is attributed by the event that is on its way.
+            if self.claims.get(path) != Some(&(*id, *agent)) && !self.is_young(path) {
                 let found = match self.claims.get(path) {
                     Some((known, _)) => format!("cgroup {known}"),
                     None => "not attributed".to_owned(),
@@ -134,11 +136,18 @@ impl Core {
             }
         }
         for (path, (id, agent)) in &self.claims {
-            if !wanted.contains_key(path) {
-                let none = "no such cgroup".to_owned();
+            // Nothing runs in one that is gone.
+            if !wanted.contains_key(path) && self.hierarchy.exists(path) {
+                let none = "a cgroup that no selector of it names".to_owned();
                 push("extra", path, *agent, format!("cgroup {id}"), none);
             }
         }
+    }
+
+    fn is_young(&self, path: &CgroupPath) -> bool {
+        let made = fs::metadata(self.hierarchy.directory(path)).and_then(|meta| meta.modified());
+        let age = made.ok().and_then(|made| made.elapsed().ok());
+        age.is_none_or(|age| age < Duration::from_secs(2))
     }
 
     /// Cgroups below a root that hold processes and that nobody claims: what runs there is denied,
