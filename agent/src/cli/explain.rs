@@ -14,7 +14,7 @@ use super::{
     Global, client,
     compiled::{Compiled, clock, compile},
     destination::{Destination, TCP, Target, UDP, What, icmp, written},
-    explain_last, format,
+    explain_last, explain_way, format,
     outcome::{Failure, Outcome, Result},
     output::{self, Output, Tone, plain, plain_lines},
 };
@@ -488,7 +488,7 @@ fn print(told: &Told, output: &Output) -> Result<()> {
                 plain(&attached.cgroup)
             ))?;
         }
-        for line in row.looked_at.iter().flatten().flat_map(looked) {
+        for line in row.looked_at.iter().flatten().flat_map(explain_way::looked) {
             output.line(format_args!("  looked at {}", plain(&line)))?;
         }
         for (name, text) in [("because", &row.because), ("change", &row.would_change)] {
@@ -498,36 +498,6 @@ fn print(told: &Told, output: &Output) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A prefix that was looked at, and each of its rules.
-fn looked(looked: &Looked) -> Vec<String> {
-    let inside = if looked.embedded {
-        " (inside the address)"
-    } else {
-        ""
-    };
-    let prefix = &looked.prefix;
-    if !looked.asked {
-        return vec![format!(
-            "{prefix}{inside}: not asked, there is a longer one"
-        )];
-    }
-    let rules = looked.rules.iter().map(|rule| {
-        let fits = if rule.matches {
-            "fits"
-        } else {
-            "another port or protocol"
-        };
-        format!(
-            "{prefix}{inside}: {} {} by {} ({}): {fits}",
-            rule.effect,
-            rule.ports,
-            rule.entry,
-            format::place(&rule.file, rule.line)
-        )
-    });
-    rules.collect()
 }
 
 fn sentence(told: &Explain) -> String {

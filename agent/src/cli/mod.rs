@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod explain_last;
 mod explain_name;
+mod explain_way;
 mod format;
 mod guard;
 mod lifecycle;

@@ -111,6 +111,7 @@ impl Core {
                 warnings: self.force.warnings as u64,
             },
             drift: self.drift.summary(),
+            probes: self.probing.counts,
         }
     }
 

@@ -9,6 +9,7 @@
 //! One task, [`core::Core`], owns the kernel side and all state; the control server and the
 //! watchers only send to it.
 
+mod advice;
 mod answers;
 mod attribution;
 mod closing;
@@ -197,6 +198,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     core.set_probe_worker(worker);
 
     core.started();
+    core.compare_first();
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(message = "The service manager could not be told.", %error);
     }

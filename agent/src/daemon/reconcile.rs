@@ -69,6 +69,13 @@ impl Core {
         self.drift.summary()
     }
 
+    /// The first comparison, before anybody is told that the host enforces. The registry was
+    /// compiled just now.
+    pub(super) fn compare_first(&mut self) {
+        self.drift.compiled = Some(Instant::now());
+        self.mend();
+    }
+
     /// The comparison that runs by itself: whatever differs is mended. Of a registry so large that
     /// it would take more than a tenth of the daemon's time, it runs less often. The registry is
     /// compiled afresh once a minute only: its files are watched, and looked at by every comparison.

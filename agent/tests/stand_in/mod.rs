@@ -15,8 +15,9 @@ use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
         Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain, Guard,
-        GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt, ProbeVerdict,
-        Probed, Question, Reconciled, Refusal, Registry, Reload, RunGrant, Source, Status,
+        GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt, ProbeCounts,
+        ProbeVerdict, Probed, Question, Reconciled, Refusal, Registry, Reload, RunGrant, Source,
+        Status,
     },
     server::{Listener, serve},
 };
@@ -256,6 +257,7 @@ pub fn status(posture: Posture) -> Status {
             warnings: 1,
         },
         drift: DriftSummary::default(),
+        probes: ProbeCounts::default(),
     }
 }
 

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 pub use drift::{Drift, DriftSummary, Reconciled};
 pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
-pub use probe::{LastProbe, ProbeAttempt, ProbeVerdict, Probed};
+pub use probe::{LastProbe, ProbeAttempt, ProbeCounts, ProbeVerdict, Probed};
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";
@@ -67,6 +67,9 @@ pub struct Status {
     /// What comparing registry and kernel came to.
     #[serde(default)]
     pub drift: DriftSummary,
+    /// What probes came to.
+    #[serde(default)]
+    pub probes: ProbeCounts,
     /// Since when the kernel has counted what agents attempted; none where that is not known.
     #[serde(default)]
     pub counted_since_ms: Option<UnixMillis>,

@@ -69,6 +69,17 @@ pub struct LastProbe {
     pub why: Option<String>,
 }
 
+/// Probes since the daemon started, by what they proved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeCounts {
+    /// The fence held.
+    pub pass: u64,
+    /// It did not.
+    pub fail: u64,
+    /// It could not be told.
+    pub unknown: u64,
+}
+
 // === impl ProbeVerdict ===
 
 impl ProbeVerdict {

@@ -17,6 +17,7 @@ pub mod helper;
 mod judge;
 mod order;
 mod packet;
+mod places;
 mod plan;
 mod steps;
 mod trace;

@@ -17,7 +17,9 @@ use crate::{
     cgroup::{CgroupPath, Hierarchy},
     control::{
         Caller, Hold, HoldState, Processes, Reply, Rights,
-        protocol::{Attached, Code, LastProbe, ProbeVerdict, Probed, Question, Refusal},
+        protocol::{
+            Attached, Code, LastProbe, ProbeCounts, ProbeVerdict, Probed, Question, Refusal,
+        },
     },
     daemon::{
         core::{Core, boot_now},
@@ -88,6 +90,8 @@ pub struct Probing {
     queue: VecDeque<String>,
     /// When the last scheduled round began.
     round: Option<Instant>,
+    /// What all came to, since the start.
+    pub counts: ProbeCounts,
     /// What the last probe of each agent came to.
     pub last: BTreeMap<String, LastProbe>,
 }
@@ -181,6 +185,13 @@ impl Core {
 
     /// Once a second: the probes that are due.
     pub(in crate::daemon) fn probe_what_is_due(&mut self) {
+        // One that has left the registry has nothing to fail at any more.
+        let before = self.probing.last.len();
+        let agents = &self.force.agents;
+        self.probing.last.retain(|id, _| agents.contains_key(id));
+        if self.probing.last.len() != before {
+            self.tell_of_probes();
+        }
         let Some(every) = self.settings.probe.every else {
             return;
         };
@@ -373,6 +384,11 @@ impl Core {
         self.recorder.watch_no_more();
         let id = probed.agent.clone();
         let why = probed.why.first().cloned();
+        match probed.verdict {
+            ProbeVerdict::Pass => self.probing.counts.pass += 1,
+            ProbeVerdict::Fail => self.probing.counts.fail += 1,
+            ProbeVerdict::Unknown => self.probing.counts.unknown += 1,
+        }
         self.probing.last.insert(
             id.clone(),
             LastProbe {
@@ -381,9 +397,6 @@ impl Core {
                 why: why.clone(),
             },
         );
-        self.probing
-            .last
-            .retain(|id, _| self.force.agents.contains_key(id));
         self.tell_of_probes();
         self.decide(Decision::Probed(Box::new(ProbeRun {
             agent: id.clone(),
@@ -410,6 +423,7 @@ impl Core {
         })));
         if probed.verdict == ProbeVerdict::Fail
             && self.settings.enforcement.on_probe_fail == OnProbeFail::Deny
+            && !self.holds.by_id.contains_key(&id)
         {
             self.deny_after_probe(&id, why.as_deref().unwrap_or("the fence does not hold"));
         }
