@@ -211,7 +211,7 @@ impl Core {
         beat(
             "reconcile",
             self.beats.compared,
-            every.saturating_mul(2) + STALE,
+            every.saturating_mul(2) + STALE + self.drift_pause(),
             "registry and kernel were compared",
         )
     }

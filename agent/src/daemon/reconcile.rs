@@ -69,6 +69,11 @@ impl Core {
         self.drift.summary()
     }
 
+    /// How long the last comparison keeps the next one away, where the registry is large.
+    pub(super) fn drift_pause(&self) -> Duration {
+        self.drift.last.map_or(Duration::ZERO, |(_, took)| took * 9)
+    }
+
     /// The first comparison, before anybody is told that the host enforces. The registry was
     /// compiled just now.
     pub(super) fn compare_first(&mut self) {
