@@ -14,6 +14,7 @@ mod daemon;
 mod harness;
 mod kernel;
 mod never_open;
+mod proof;
 mod support;
 
 fn main() -> ExitCode {
@@ -58,6 +59,7 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
     cases.extend(never_open::cases());
+    cases.extend(proof::cases());
     cases.extend(budget::cases());
     cases
 }

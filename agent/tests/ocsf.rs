@@ -16,7 +16,7 @@ use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 use remit::audit::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Code, Damaged, Decided, Decision,
     Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lost, Mending,
-    Parent, ProcessInfo, Refenced, Subject, Succession, Tables, Violation,
+    Parent, ProbeResult, ProbeRun, ProcessInfo, Refenced, Subject, Succession, Tables, Violation,
     encode::{ecs, ocsf18},
     human,
     trail::{
@@ -255,6 +255,9 @@ fn example(code: Code) -> Value {
         Code::DriftStands => drift(drifted(Mending::Failed(
             "cannot write `prefixes`: no space left on device".to_owned(),
         ))),
+        Code::ProbePassed => probe(ProbeResult::Pass),
+        Code::ProbeFailed => probe(ProbeResult::Fail),
+        Code::ProbeUnknown => probe(ProbeResult::Unknown),
         Code::StateDamaged => decided(Decision::Damaged(damaged())),
         Code::ClockBehind => decided(Decision::ClockBehind(ClockBehind {
             wall: 1_795_458_170_000,
@@ -342,6 +345,34 @@ fn drifted(mending: Mending) -> Drifted {
         by: Actor::Daemon,
         revision: 12,
     }
+}
+
+fn probe(result: ProbeResult) -> Value {
+    let (name, text) = match result {
+        ProbeResult::Pass => ("pass", "refused at once as out_of_scope, counted and told"),
+        ProbeResult::Fail => ("fail", "connect succeeded, and must be refused"),
+        ProbeResult::Unknown => ("unknown", "connect ended with ENETUNREACH"),
+    };
+    let why = match result {
+        ProbeResult::Pass => Vec::new(),
+        ProbeResult::Fail | ProbeResult::Unknown => vec![format!("IPv4 TCP connect: {text}")],
+    };
+    let check = (
+        "IPv4 TCP connect".to_owned(),
+        name,
+        format!("to 198.51.100.7:40112, must be refused as out_of_scope: {text}"),
+    );
+    decided(Decision::Probed(Box::new(ProbeRun {
+        agent: "billing-recon".to_owned(),
+        hash: agent().hash,
+        run: "2a5f1c3e9b00".to_owned(),
+        result,
+        why,
+        began: 1_795_544_569_000,
+        checks: vec![check],
+        by: Actor::Daemon,
+        revision: 12,
+    })))
 }
 
 fn drift(drifted: Drifted) -> Value {
@@ -607,6 +638,7 @@ import json
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 schema = OcsfJsonSchemaEmbedded(get_ocsf_schema(version="1.8.0"))
 names = {
+    2003: "compliance_finding",
     2004: "detection_finding",
     3004: "entity_management",
     4001: "network_activity",
@@ -736,6 +768,7 @@ fn captions_agree_with_their_ids() {
     let of_findings: &[(u64, &str)] = &[(1, "New"), (2, "In Progress"), (4, "Resolved")];
     let of_others: &[(u64, &str)] = &[(1, "Success"), (2, "Failure")];
     let activities: &[(u64, u64, &str)] = &[
+        (2003, 1, "Create"),
         (2004, 1, "Create"),
         (2004, 2, "Update"),
         (2004, 3, "Close"),
@@ -754,6 +787,7 @@ fn captions_agree_with_their_ids() {
         (6002, 99, "Other"),
     ];
     let classes: &[(u64, &str, u64, &str)] = &[
+        (2003, "Compliance Finding", 2, "Findings"),
         (2004, "Detection Finding", 2, "Findings"),
         (3004, "Entity Management", 3, "Identity & Access Management"),
         (4001, "Network Activity", 4, "Network Activity"),
@@ -771,7 +805,11 @@ fn captions_agree_with_their_ids() {
             assert_eq!(event[*key], pair.unwrap().1, "{key} {id}");
         }
         let uid = event["class_uid"].as_u64().unwrap();
-        let statuses = if uid == 2004 { of_findings } else { of_others };
+        let statuses = if uid == 2003 || uid == 2004 {
+            of_findings
+        } else {
+            of_others
+        };
         let status = statuses.iter().find(|(id, _)| event["status_id"] == *id);
         assert_eq!(event["status"], status.unwrap().1);
         let (_, class, category, category_name) =
@@ -849,6 +887,14 @@ fn what_is_decided_about_an_agent_names_it_and_who_asked() {
                 assert!(event["actor"].is_object());
                 let states = ["/entity/data/state", "/updated_entity/data/state"];
                 assert!(states.iter().all(|state| at(state).unwrap().is_string()));
+            }
+            2003 => {
+                let agent = at("/unmapped/agent");
+                assert_eq!(agent, at("/evidences/0/ai_agent/uid"));
+                assert!(at("/unmapped/probe").unwrap().is_string());
+                let failed = event["compliance"]["status"] == "Fail";
+                assert_eq!(event["is_alert"], failed);
+                assert_eq!(event["severity_id"] == 4, failed);
             }
             2004 => {
                 let agent = at("/unmapped/agent");

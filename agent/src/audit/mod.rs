@@ -47,7 +47,8 @@ pub mod writer;
 
 pub use decided::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Damaged, Decided, Decision,
-    Difference, Drifted, FenceLifted, Lifecycle, Mending, Refenced, Succession, Tables,
+    Difference, Drifted, FenceLifted, Lifecycle, Mending, ProbeResult, ProbeRun, Refenced,
+    Succession, Tables,
 };
 pub use export::Exports;
 pub use ledger::{Allowance, Key, Ledger, Owed, Residual};

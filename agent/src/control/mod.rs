@@ -24,8 +24,8 @@ use tokio::sync::oneshot;
 
 pub use peer::{Caller, Rights};
 use protocol::{
-    Agent, Agents, Explain, Held, HoldReason, Myself, Question, Reconciled, Refusal, Reload,
-    ReloadRequest, RunGrant, RunRequest, Status,
+    Agent, Agents, Attached, Explain, Guarded, Held, HoldReason, Myself, Probed, Question,
+    Reconciled, Refusal, Reload, ReloadRequest, RunGrant, RunRequest, Status,
 };
 
 /// Where the answer to a [`Request`] goes. Dropped without one, the caller is told so.
@@ -51,6 +51,12 @@ pub enum Request {
     Agent(String, Reply<Agent>),
     /// `GET /v1/explain`.
     Explain(Question, Reply<Explain>),
+    /// `POST /v1/explain`: asks the attached program.
+    Attached(Question, Reply<Attached>),
+    /// `POST /v1/agents/ID/probe`.
+    Probe(String, Reply<Probed>),
+    /// `GET /v1/guard`: whether what runs in this cgroup is an active agent behind a fence.
+    Guard(String, Reply<Guarded>),
     /// `GET /v1/reconcile`, and `POST /v1/reconcile`, which mends.
     Reconcile {
         /// Whether to mend what differs.

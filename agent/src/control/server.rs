@@ -41,7 +41,7 @@ use tracing::{debug, warn};
 use super::{
     Call, Caller, Hold, HoldState, Processes, Reply, Request, Resume, Rights,
     peer::{self, Rules},
-    protocol::{Code, ErrorBody, HoldRequest, Question, Refusal, ReloadRequest},
+    protocol::{Code, ErrorBody, GuardQuestion, HoldRequest, Question, Refusal, ReloadRequest},
 };
 
 /// The longest body: requests are a few words.
@@ -287,7 +287,9 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/agents/{id}/suspend", post(suspend))
         .route("/v1/agents/{id}/resume", post(resume))
         .route("/v1/agents/{id}/revoke", post(revoke))
-        .route("/v1/explain", get(explain))
+        .route("/v1/agents/{id}/probe", post(probe))
+        .route("/v1/explain", get(explain).post(attached))
+        .route("/v1/guard", get(guard))
         .route("/v1/reconcile", get(compare).post(repair))
         .route("/v1/reload", post(reload))
         .route("/v1/run", post(run))
@@ -385,6 +387,46 @@ async fn explain(
         Err(error) => refuse(
             Refusal::new(Code::BadRequest, error.body_text())
                 .help("the form is `?agent=ID&addr=ADDRESS&port=NUMBER&protocol=NUMBER`"),
+        ),
+    }
+}
+
+async fn attached(state: State<Calls>, caller: Extension<Caller>, body: Sent) -> Response {
+    match read(
+        body,
+        r#"the form is `{"agent": "ID", "addr": "ADDRESS", "port": NUMBER}`"#,
+    ) {
+        Ok(body) => {
+            ask(state, caller, CHANGE, |reply| {
+                Request::Attached(body, reply)
+            })
+            .await
+        }
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn probe(state: State<Calls>, caller: Extension<Caller>, id: PathId) -> Response {
+    match path_id(id) {
+        Ok(id) => ask(state, caller, CHANGE, |reply| Request::Probe(id, reply)).await,
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn guard(
+    state: State<Calls>,
+    caller: Extension<Caller>,
+    question: Result<Query<GuardQuestion>, rejection::QueryRejection>,
+) -> Response {
+    match question {
+        Ok(Query(question)) => {
+            ask(state, caller, ANSWER, |reply| {
+                Request::Guard(question.cgroup, reply)
+            })
+            .await
+        }
+        Err(error) => refuse(
+            Refusal::new(Code::BadRequest, error.body_text()).help("the form is `?cgroup=PATH`"),
         ),
     }
 }

@@ -7,12 +7,15 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options, SETTLE_EVERY,
+    differences::Seen,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
     keeping::clocks_before,
     laps::Laps,
     lock::RootLock,
+    posture::Beats,
+    probe::Probing,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -54,6 +57,9 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) beats: Beats,
+    pub(super) seen: Seen,
+    pub(super) probing: Probing,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -208,6 +214,9 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            beats: Beats::default(),
+            seen: Seen::default(),
+            probing: Probing::default(),
             damage: loaded.damage,
             laps,
             memory,
@@ -422,6 +431,7 @@ impl Core {
             self.close_again = false;
         }
         self.end_what_ends();
+        self.probe_what_is_due();
         let Some(stepped) = self.offset.stepped() else {
             return false;
         };

@@ -9,11 +9,13 @@
 //! One task, [`core::Core`], owns the kernel side and all state; the control server and the
 //! watchers only send to it.
 
+mod advice;
 mod answers;
 mod attribution;
 mod closing;
 mod core;
 mod detach;
+mod differences;
 mod endings;
 mod evidence;
 mod files;
@@ -22,6 +24,8 @@ mod keeping;
 mod laps;
 mod lifecycle;
 mod lock;
+mod posture;
+mod probe;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -49,9 +53,10 @@ use crate::{
     kernel::{self, ApplyError, AttachError, OpenError},
 };
 
-pub use self::evidence::places;
+pub use self::{core::hierarchy, evidence::places};
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
+pub use probe::helper::serve as serve_probe;
 
 /// What a start is told beside the settings.
 #[derive(Clone, Debug)]
@@ -185,10 +190,15 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut settle = interval(SETTLE_EVERY);
     settle.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut reconcile = interval(settings.reconcile.every.unwrap_or(Duration::from_secs(5)));
+    let mut reconcile = interval(posture::compare_every(&settings));
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
+    let (steps, mut probing) = mpsc::channel(16);
+    let worker = probe::Worker::start(steps).map_err(system("start a thread for probes"))?;
+    core.set_probe_worker(worker);
+
     core.started();
+    core.compare_first();
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(message = "The service manager could not be told.", %error);
     }
@@ -210,6 +220,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     }
                 }
             }
+            Some(step) = probing.recv() => core.probe_step(step),
             Some(call) = requests.recv() => {
                 if matches!(call.request, control::Request::Reload(..)) {
                     files.read();

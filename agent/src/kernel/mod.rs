@@ -9,6 +9,7 @@ mod attach;
 mod bulk;
 mod drift;
 mod error;
+mod evidence;
 mod handover;
 mod image;
 mod object;
@@ -47,12 +48,13 @@ use self::{
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
+pub use evidence::{RingState, run_pinned};
 pub use image::Image;
 pub use object::{EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
 pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
-pub use table::Difference;
+pub use table::{Difference, Loan};
 
 /// Entries that the maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

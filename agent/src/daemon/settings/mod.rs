@@ -82,6 +82,17 @@ pub struct Enforcement {
     pub containment: Containment,
     /// What a registry file that does not compile does to its agent.
     pub on_bad_registry: OnBadRegistry,
+    /// What a probe that fails does to its agent.
+    pub on_probe_fail: OnProbeFail,
+}
+
+/// What a probe that fails does to its agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnProbeFail {
+    /// It is told: in the posture and the audit trail.
+    Report,
+    /// The agent is suspended besides.
+    Deny,
 }
 
 /// What becomes of processes in a root that no agent claims.
@@ -288,6 +299,7 @@ impl Default for Enforcement {
             unregistered: Unregistered::Deny,
             containment: Containment::Auto,
             on_bad_registry: OnBadRegistry::Keep,
+            on_probe_fail: OnProbeFail::Report,
         }
     }
 }

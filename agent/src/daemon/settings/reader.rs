@@ -8,7 +8,9 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{CgroupMount, Containment, Mistake, OnBadRegistry, Settings, Unregistered, Upstream};
+use super::{
+    CgroupMount, Containment, Mistake, OnBadRegistry, OnProbeFail, Settings, Unregistered, Upstream,
+};
 use crate::audit::{Mask, encode::Format, span};
 
 /// Reads `text`. The settings are of use only when there are no mistakes; those come in the
@@ -100,6 +102,12 @@ impl<'t> Reader<'t> {
                 word(
                     v,
                     &[("keep", OnBadRegistry::Keep), ("deny", OnBadRegistry::Deny)],
+                )
+            });
+            t.set("on_probe_fail", &mut e.on_probe_fail, |v| {
+                word(
+                    v,
+                    &[("report", OnProbeFail::Report), ("deny", OnProbeFail::Deny)],
                 )
             });
             t.finish();

@@ -5,6 +5,7 @@
 mod adopt;
 mod claims;
 mod inspect;
+mod loan;
 mod repair;
 mod stage;
 
@@ -33,6 +34,7 @@ use super::{
 use stage::Writes;
 
 pub use inspect::{Spot, SpotKey};
+pub use loan::Loan;
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
@@ -93,6 +95,8 @@ pub struct Tables {
     ids: BTreeMap<u32, String>,
     in_force: BTreeMap<u32, Installed>,
     retired: Vec<(Instant, Installed)>,
+    /// Rule sets that nothing points to any more, but for programs that are running.
+    parted: Vec<(Instant, u32)>,
     attributed: HashMap<u64, u32>,
     epoch_now: u64,
     sets: RuleSets,
@@ -242,6 +246,7 @@ impl Tables {
             ids: BTreeMap::new(),
             in_force: BTreeMap::new(),
             retired: Vec::new(),
+            parted: Vec::new(),
             attributed: HashMap::new(),
             epoch_now: 0,
             sets: RuleSets::new(capacity.rule_sets),
@@ -550,6 +555,13 @@ impl Tables {
         self.retired = young;
         for (_, installed) in old {
             self.remove(installed);
+        }
+        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parted)
+            .into_iter()
+            .partition(|(at, _)| now.duration_since(*at) > GRACE);
+        self.parted = young;
+        for (_, set) in old {
+            self.sets.release(set);
         }
     }
 }
