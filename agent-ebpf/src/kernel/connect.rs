@@ -18,6 +18,7 @@ use super::{
     maps::{self, Tables},
     peer::ByTag,
     verdict::{ALLOW, Ruling, rule},
+    wipe::place,
 };
 
 const PASS: i32 = 1;
@@ -198,8 +199,15 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
 /// Reports what was not plainly allowed.
 #[inline(never)]
 fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
-    let mut event = emit::blank(attempt.hook, who.agent, who.cgroup, attempt.now);
-    ruling.fill(&mut event);
+    let mut record = place();
+    let event = emit::blank(
+        &mut record,
+        attempt.hook,
+        who.agent,
+        who.cgroup,
+        attempt.now,
+    );
+    ruling.fill(event);
     event.policy = who.policy;
     event.addr = attempt.addr;
     event.port = attempt.port;
@@ -211,5 +219,5 @@ fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
     };
     event.pid = emit::pid();
     event.witness = Witness::Current as u8;
-    emit::report(&mut event, Naming::Current);
+    emit::report(event, Naming::Current);
 }

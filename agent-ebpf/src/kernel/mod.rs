@@ -23,6 +23,7 @@ mod judge;
 mod maps;
 mod peer;
 mod verdict;
+mod wipe;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
