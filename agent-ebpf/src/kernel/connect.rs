@@ -108,18 +108,19 @@ fn slowly(
         now: cache::boot_now(),
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    if again(&attempt, &mut who) != 0 {
+    let verdict = if again(&attempt, &mut who) != 0 {
         ruling = Ruling::deny(Reason::OutOfScope);
+        Verdict::Denied as u32
     } else {
-        ask(ctx, &mut attempt, &mut who, &mut ruling);
-    }
-    if ruling.verdict == ALLOW {
+        ask(ctx, &mut attempt, &mut who, &mut ruling)
+    };
+    if verdict == u32::from(ALLOW) {
         remember(ctx, &addr, port);
         emit::allowed(who.agent);
         return PASS;
     }
     report(&attempt, &ruling, &who);
-    if ruling.verdict == Verdict::Monitored as u8 {
+    if verdict == Verdict::Monitored as u32 {
         remember(ctx, &addr, port);
         return PASS;
     }
@@ -164,15 +165,17 @@ struct Who {
     policy: u64,
 }
 
-/// Asks the tables, and remembers what may be.
+/// Asks the tables, and remembers what may be. Returns the verdict: of a function without a result,
+/// or whose result nobody uses, the compiler may leave an address of the stack in the register for
+/// it, which the verifier refuses.
 #[inline(never)]
-fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
+fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) -> u32 {
     // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
     let (epoch, leases) = (maps::epoch(), maps::leases());
     who.agent = identity::of_current(who.cgroup);
     let word = maps::word(who.agent);
     let Some(row) = maps::row(word) else {
-        return;
+        return hide32(ruling.verdict.into());
     };
     who.policy = row.policy;
     let tables = Tables {
@@ -194,6 +197,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
     } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
         cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }
+    hide32(ruling.verdict.into())
 }
 
 /// Reports what was not plainly allowed.

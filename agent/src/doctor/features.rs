@@ -141,13 +141,25 @@ fn hooks(settings: &Settings) -> Vec<Check> {
             })
             .collect(),
         Err(error) => {
-            let why = format!("{:#}", anyhow::Error::from(error));
+            let why = short(&format!("{:#}", anyhow::Error::from(error)));
             HOOKS
                 .iter()
                 .map(|expected| check(expected.hook, State::Missing, &why))
                 .collect()
         }
     }
+}
+
+/// The beginning and the end of a text: between them may lie all that the verifier has to say.
+fn short(text: &str) -> String {
+    const SIDE: usize = 200;
+    let count = text.chars().count();
+    if count <= 2 * SIDE {
+        return text.to_owned();
+    }
+    let start: String = text.chars().take(SIDE).collect();
+    let end: String = text.chars().skip(count - SIDE).collect();
+    format!("{start} … {end}")
 }
 
 /// Ends a connection of doctor's own on loopback.
