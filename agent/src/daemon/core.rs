@@ -1,6 +1,6 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use agent_ebpf::abi::ABI_VERSION;
 use tracing::{debug, error, info, warn};
@@ -13,6 +13,7 @@ use super::{
     keeping::clocks_before,
     laps::Laps,
     lock::RootLock,
+    metering::Meter,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -54,6 +55,7 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) meter: Meter,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -151,6 +153,8 @@ impl Core {
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
         laps.done("load");
         let adopted = enforcer.born_before_us();
+        let mut meter = Meter::default();
+        let began = Instant::now();
         match enforcer.apply(&images) {
             Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
                 enforcer.outgrow(&images, larger(&enforcer, capacity))?;
@@ -158,6 +162,7 @@ impl Core {
             applied => drop(applied?),
         }
         laps.done("tables");
+        meter.applied(began);
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -208,6 +213,7 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            meter,
             damage: loaded.damage,
             laps,
             memory,

@@ -57,6 +57,7 @@ impl Core {
             }
         }
         let lost = exports.take_lost();
+        self.meter.unexported += lost;
         if lost > 0 {
             warn!(
                 message = "Events were not exported; the log has them.",

@@ -22,6 +22,7 @@ mod keeping;
 mod laps;
 mod lifecycle;
 mod lock;
+mod metering;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -119,6 +120,15 @@ pub enum DaemonError {
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] control::server::BindError),
+    /// The address of the metrics.
+    #[error("cannot serve metrics at {address}, which `metrics.listen` names")]
+    Metrics {
+        /// Which address.
+        address: std::net::SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// Something of the operating system.
     #[error("cannot {what}")]
     System {
@@ -164,6 +174,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     let listener = control::server::Listener::bind(&settings.socket(), READERS)?;
     let (calls, mut requests) = mpsc::channel(64);
     let roots = core.roots_in_proc();
+    let scrape = metering::listen(&settings, calls.clone())?;
     let server = tokio::spawn(control::server::serve(listener, roots, calls));
 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?;
@@ -261,6 +272,9 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         }
     };
     server.abort();
+    if let Some(scrape) = scrape {
+        scrape.abort();
+    }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!(message = "The service manager could not be told.", %error);
     }

@@ -13,8 +13,8 @@ use tracing::warn;
 use super::time::Offset;
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Mask, Owed, ProcessInfo, Processes,
-        Subject, Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Lost, Mask, Owed, ProcessInfo,
+        Processes, Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},
@@ -80,6 +80,7 @@ pub struct Recorder {
     /// When old files were looked for last.
     pruned: Option<Instant>,
     denials: BTreeMap<String, VecDeque<Denial>>,
+    lost: Lost,
     last: BTreeMap<String, LastViolation>,
     revision: u64,
     offset: Offset,
@@ -103,6 +104,7 @@ impl Recorder {
             exports: Exports::default(),
             pruned: None,
             denials: BTreeMap::new(),
+            lost: Lost::default(),
             last: BTreeMap::new(),
             revision: 0,
             offset,
@@ -417,6 +419,7 @@ impl Recorder {
         };
         let host = self.host.clone();
         let count = owed.lost.sum();
+        self.lost = self.lost + owed.lost;
         self.append(now, owed.key, count, |sequence| {
             dropped.to_ocsf(&host, sequence)
         });
@@ -480,6 +483,11 @@ impl Recorder {
             })
             .sum();
         written < counted
+    }
+
+    /// Attempts whose details were lost since the start, by where.
+    pub fn lost(&self) -> Lost {
+        self.lost
     }
 
     /// The newest violation of an agent.

@@ -52,7 +52,7 @@ pub use object::{EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
 pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
-pub use table::Difference;
+pub use table::{Difference, Usage};
 
 /// Entries that the maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -324,6 +324,11 @@ impl Enforcer {
     /// Entries that the maps in use are made for.
     pub fn capacity(&self) -> Capacity {
         self.tables.capacity()
+    }
+
+    /// How full the maps are that a registry can fill.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.tables.usage()
     }
 
     /// How the maps in use came about.

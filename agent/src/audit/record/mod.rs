@@ -98,6 +98,18 @@ pub struct Lost {
     pub disk: u64,
 }
 
+impl std::ops::Add for Lost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            kernel: self.kernel + other.kernel,
+            rate: self.rate + other.rate,
+            disk: self.disk + other.disk,
+        }
+    }
+}
+
 /// The agent of an event, as its registry entry says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {

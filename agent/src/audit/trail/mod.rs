@@ -412,6 +412,11 @@ impl Trail {
         Some(self.head.last).filter(|last| last.record > 0)
     }
 
+    /// The last record that a checkpoint covers; 0 for none.
+    pub fn signed(&self) -> u64 {
+        self.head.last.record.saturating_sub(self.unsigned)
+    }
+
     fn note(&mut self, result: Result<(), LogError>) {
         if let Err(error) = result {
             self.trouble = Some(format!("{:#}", anyhow::Error::from(error)));

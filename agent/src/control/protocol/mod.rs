@@ -8,6 +8,7 @@
 //! | `GET /v1/agents`                 | read   | [`Agents`] |
 //! | `GET /v1/agents/ID`              | read   | [`Agent`] |
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
+//! | `GET /v1/metrics`                | read   | [`Exposition`], as text |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
 //! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
@@ -22,6 +23,7 @@
 
 mod drift;
 mod lifecycle;
+mod metrics;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
@@ -29,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use drift::{Drift, DriftSummary, Reconciled};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
+pub use metrics::Exposition;
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";

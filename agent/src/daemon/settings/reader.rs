@@ -148,7 +148,7 @@ impl<'t> Reader<'t> {
             t.finish();
         }
         if let Some(mut t) = root.section("metrics") {
-            t.set("listen", &mut s.metrics.listen, |v| off_or(v, address));
+            t.set("listen", &mut s.metrics.listen, |v| off_or(v, loopback));
             t.finish();
         }
         if let Some(mut t) = root.section("limits") {
@@ -396,6 +396,23 @@ fn address(value: &Value<'_>) -> Result<SocketAddr, Fault> {
         fault(format!(
             "`{text}` must be an address and a port such as \"127.0.0.1:9464\""
         ))
+    })
+}
+
+/// Metrics are no secret of the host's, but the network has no business with them.
+fn loopback(value: &Value<'_>) -> Result<SocketAddr, Fault> {
+    let address = address(value)?;
+    if address.ip().to_canonical().is_loopback() {
+        return Ok(address);
+    }
+    Err(Fault {
+        span: None,
+        message: format!("`{address}` is no loopback address"),
+        help: Some(
+            "metrics are served to this host alone: \"127.0.0.1:9464\" or \"[::1]:9464\"; to the \
+             network a proxy can, with whatever protects it there"
+                .to_owned(),
+        ),
     })
 }
 

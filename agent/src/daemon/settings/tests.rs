@@ -159,6 +159,12 @@ fn values_of_the_wrong_kind_are_refused() {
     refused("[log]\nper_agent_rate = 4294967296", "must not exceed");
     refused("[probe]\nevery = \"never\"", "; or \"off\"");
     refused("[metrics]\nlisten = \":9464\"", "an address and a port");
+    for elsewhere in ["0.0.0.0:9464", "[::]:9464", "192.0.2.1:9464"] {
+        refused(
+            &format!("[metrics]\nlisten = \"{elsewhere}\""),
+            "is no loopback address; or \"off\"",
+        );
+    }
     refused(
         "[enforcement]\nunregistered = \"allow\"",
         "one of \"deny\", \"monitor\"",

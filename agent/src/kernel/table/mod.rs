@@ -7,6 +7,7 @@ mod claims;
 mod inspect;
 mod repair;
 mod stage;
+mod usage;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -33,6 +34,7 @@ use super::{
 use stage::Writes;
 
 pub use inspect::{Spot, SpotKey};
+pub use usage::Usage;
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
