@@ -11,6 +11,7 @@ mod bench;
 mod budget;
 mod bypass;
 mod daemon;
+mod evidence;
 mod harness;
 mod kernel;
 mod never_open;
@@ -57,6 +58,7 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(kernel::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
+    cases.extend(evidence::cases());
     cases.extend(never_open::cases());
     cases.extend(budget::cases());
     cases

@@ -9,20 +9,17 @@ mod tests;
 mod wake;
 
 use std::{
+    collections::VecDeque,
     fs::{self, File},
     io::{self, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    time::{Duration, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::Value;
 
-use super::{
-    files::beside,
-    span,
-    writer::{numbered, rotated},
-};
+use super::{files::beside, span};
 use crate::policy::tables::UnixMillis;
 
 pub use repeats::Repeats;
@@ -30,6 +27,8 @@ pub use wake::Wake;
 
 /// Bytes read at once.
 const CHUNK: u64 = 256 << 10;
+/// Files that are known to have been read.
+const REMEMBERED: usize = 64;
 
 /// Which lines are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,6 +72,8 @@ pub struct Tail {
     /// Files to read before the one at the path, the next one last.
     queue: Vec<File>,
     current: Option<Current>,
+    /// Files read to their end of late: device and inode.
+    read: VecDeque<(u64, u64)>,
     skipped: u64,
 }
 
@@ -83,6 +84,17 @@ struct Current {
     identity: (u64, u64),
     /// The beginning of a line whose end is not there yet.
     partial: Vec<u8>,
+}
+
+/// A file of the log.
+#[derive(Debug)]
+struct Aged {
+    path: PathBuf,
+    file: File,
+    /// Device and inode.
+    identity: (u64, u64),
+    /// When it was last written to.
+    modified: SystemTime,
 }
 
 /// `10m` before `now`, or the time that the text names.
@@ -107,6 +119,7 @@ impl Tail {
             filter,
             queue: Vec::new(),
             current: None,
+            read: VecDeque::new(),
             skipped: 0,
         };
         if let Some(since) = tail.filter.since {
@@ -179,49 +192,36 @@ impl Tail {
             return;
         };
         self.skipped += u64::from(!current.partial.is_empty());
+        self.read.push_back(current.identity);
+        if self.read.len() > REMEMBERED {
+            self.read.pop_front();
+        }
         if !self.queue.is_empty() {
             return;
         }
-        let Ok(mut files) = rotated(&self.path) else {
+        let left = current.file.metadata().and_then(|meta| meta.modified());
+        let Ok(files) = by_age(&self.path) else {
             return;
         };
-        files.sort_unstable_by_key(|(number, _)| *number);
-        let at = files
-            .iter()
-            .position(|(_, meta)| (meta.dev(), meta.ino()) == current.identity);
-        // Where the file is not found, logrotate named it otherwise or it is removed; what came
-        // between is then unknown.
-        let younger = files.iter().take(at.unwrap_or(0));
-        self.queue = younger
-            .filter_map(|(n, _)| open(&numbered(&self.path, *n)).ok())
-            .collect();
-        // Number 1 is the youngest and read last: the queue ends with the next one to read.
+        // Whoever rotated and however they are named now: what came between was written later.
+        let between = files.into_iter().filter(|file| {
+            file.path != self.path
+                && !self.read.contains(&file.identity)
+                && left.as_ref().is_ok_and(|left| file.modified >= *left)
+        });
+        self.queue = between.map(|file| file.file).collect();
+        // The queue ends with the next one to read.
+        self.queue.reverse();
     }
 
     /// Opens the rotated files that were written to since then, whoever rotated them. They are
     /// opened now, so that further rotation does not change what is read.
     fn queue_since(&mut self, since: UnixMillis) -> Result<(), TailError> {
-        let mut files = beside(&self.path).map_err(|error| TailError {
-            path: error.path,
-            source: error.source,
-        })?;
         let since = UNIX_EPOCH + Duration::from_millis(since.max(0).unsigned_abs());
-        files.reverse();
-        for path in files {
-            match open(&path) {
-                Ok(file) => {
-                    let modified = file.metadata().and_then(|meta| meta.modified());
-                    let too_old = modified.is_ok_and(|modified| modified < since);
-                    if too_old && path != self.path {
-                        break;
-                    }
-                    self.queue.push(file);
-                }
-                // The oldest may be pruned at any time.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(TailError { path, source }),
-            }
-        }
+        let mut files = by_age(&self.path)?;
+        files.retain(|file| file.path == self.path || file.modified >= since);
+        self.queue = files.into_iter().map(|file| file.file).collect();
+        self.queue.reverse();
         Ok(())
     }
 
@@ -270,6 +270,36 @@ fn parse(bytes: Vec<u8>) -> Option<Line> {
     let raw = String::from_utf8(bytes).ok()?;
     let event = serde_json::from_str(&raw).ok()?;
     Some(Line { raw, event })
+}
+
+/// The files of a log, open, in the order in which they were last written to; the current one last.
+/// Their names do not tell that: logrotate may name them by date, and others by number.
+fn by_age(path: &Path) -> Result<Vec<Aged>, TailError> {
+    let mut files = Vec::new();
+    let beside = beside(path).map_err(|error| TailError {
+        path: error.path,
+        source: error.source,
+    })?;
+    for path in beside {
+        let opened = open(&path).and_then(|file| {
+            let meta = file.metadata()?;
+            Ok((file, (meta.dev(), meta.ino()), meta.modified()?))
+        });
+        match opened {
+            Ok((file, identity, modified)) => files.push(Aged {
+                path,
+                file,
+                identity,
+                modified,
+            }),
+            // The oldest may be pruned at any time.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(TailError { path, source }),
+        }
+    }
+    // Those of one moment stay as their names have them.
+    files.sort_by_key(|file| (file.path == path, file.modified));
+    Ok(files)
 }
 
 fn is_moved(path: &Path, identity: (u64, u64)) -> bool {

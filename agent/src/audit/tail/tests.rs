@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::audit::{Limits, Log, LogName};
+use crate::audit::{Limits, Log, LogName, writer::numbered};
 
 const ROOMY: Limits = Limits {
     max_size: 1 << 30,
@@ -129,16 +129,34 @@ fn since_reads_rotated_files_and_filters() {
     };
     assert_eq!(times(&mut tail(&log, one)), [3, 5, 6]);
     // Files last written to before then cannot have such lines.
-    let old = numbered(log.path(), 3);
     let past = UNIX_EPOCH + Duration::from_secs(1);
-    File::options()
-        .append(true)
-        .open(old)
-        .unwrap()
-        .set_modified(past)
-        .unwrap();
+    for number in 3..6 {
+        let old = numbered(log.path(), number);
+        let old = File::options().append(true).open(old).unwrap();
+        old.set_modified(past).unwrap();
+    }
     let tail = tail(&log, all(2_000));
     assert_eq!(tail.queue.len(), 3);
+}
+
+#[test]
+fn following_goes_on_whoever_rotated_and_however_often() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = log(&dir, ROOMY);
+    write(&mut log, "a", 1);
+    let mut tail = tail(&log, Filter::default());
+    assert_eq!(times(&mut tail), [1]);
+    let name = log.path().file_name().unwrap().to_str().unwrap().to_owned();
+    for (time, suffix) in [(2, "-20261123"), (3, ".1"), (4, "-20261124"), (5, ".old")] {
+        write(&mut log, "a", time);
+        fs::rename(log.path(), dir.path().join(format!("{name}{suffix}"))).unwrap();
+        // A file's time is as coarse as the kernel's clock tick.
+        std::thread::sleep(Duration::from_millis(15));
+    }
+    write(&mut log, "a", 6);
+    assert_eq!(times(&mut tail), [2, 3, 4, 5, 6]);
+    write(&mut log, "a", 7);
+    assert_eq!(times(&mut tail), [7]);
 }
 
 #[test]
