@@ -219,8 +219,13 @@ impl Verifier {
 
     /// The next line, without its end.
     pub fn line(&mut self, line: &[u8]) {
+        self.read(line, chain::read(line));
+    }
+
+    /// The next line, without its end, and what reading it came to: see [`chain::read`].
+    pub fn read(&mut self, line: &[u8], read: Result<Record, Flaw>) {
         self.line += 1;
-        match chain::read(line) {
+        match read {
             Ok(record) => self.record(&record, line),
             Err(flaw) => self.flaw(flaw, line),
         }
