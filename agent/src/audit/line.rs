@@ -82,7 +82,7 @@ pub fn human(event: &Value, colour: bool) -> String {
 }
 
 /// `tcp 198.51.100.23:443`, with the name if one is known; or `raw socket icmp`.
-fn target(event: &Value) -> String {
+pub fn target(event: &Value) -> String {
     let protocol = text(&event["connection_info"]["protocol_name"]);
     let dst = &event["dst_endpoint"];
     if !dst.is_object() {

@@ -94,9 +94,9 @@ fn feed(verifier: &mut Verifier, files: Vec<Opened>) -> Result<(), FilesError> {
         let mut lines = file.lines();
         let mut batch = Batch::fill(&mut lines)?;
         while !batch.pieces.is_empty() {
+            let pieces = batch.pieces();
+            let share = pieces.len().div_ceil(threads.min(THREADS)).max(SHARE);
             batch = thread::scope(|scope| {
-                let pieces = batch.pieces();
-                let share = pieces.len().div_ceil(threads.min(THREADS)).max(SHARE);
                 let readers: Vec<_> = pieces
                     .chunks(share)
                     .map(|part| scope.spawn(|| part.iter().map(Read::new).collect::<Vec<_>>()))
