@@ -89,25 +89,27 @@ enum Read<'b> {
 /// of the work, so as many at a time as there are processors; the check then takes them in order.
 fn feed(verifier: &mut Verifier, files: Vec<Opened>) -> Result<(), FilesError> {
     let threads = thread::available_parallelism().map_or(1, usize::from);
+    let (mut batch, mut next) = (Batch::default(), Batch::default());
     for file in files {
         verifier.begin(&file.path.display().to_string());
         let mut lines = file.lines();
-        let mut batch = Batch::fill(&mut lines)?;
+        batch.fill(&mut lines)?;
         while !batch.pieces.is_empty() {
             let pieces = batch.pieces();
             let share = pieces.len().div_ceil(threads.min(THREADS)).max(SHARE);
-            batch = thread::scope(|scope| {
+            thread::scope(|scope| {
                 let readers: Vec<_> = pieces
                     .chunks(share)
                     .map(|part| scope.spawn(|| part.iter().map(Read::new).collect::<Vec<_>>()))
                     .collect();
-                let next = Batch::fill(&mut lines)?;
+                next.fill(&mut lines)?;
                 for reader in readers {
                     let read = reader.join().unwrap_or_else(|panic| resume_unwind(panic));
                     read.into_iter().for_each(|piece| piece.put(verifier));
                 }
-                Ok(next)
+                Ok(())
             })?;
+            std::mem::swap(&mut batch, &mut next);
         }
     }
     Ok(())
@@ -116,25 +118,26 @@ fn feed(verifier: &mut Verifier, files: Vec<Opened>) -> Result<(), FilesError> {
 // === impl Batch ===
 
 impl Batch {
-    /// The next lines; none at the end of the file.
-    fn fill(lines: &mut Lines) -> Result<Self, FilesError> {
-        let mut batch = Self::default();
-        while batch.bytes.len() < BATCH {
+    /// Takes the next lines in place of those that it has; none at the end of the file.
+    fn fill(&mut self, lines: &mut Lines) -> Result<(), FilesError> {
+        self.bytes.clear();
+        self.pieces.clear();
+        while self.bytes.len() < BATCH {
             let kind: fn(usize) -> Kind = match lines.next()? {
                 None => break,
                 Some(Piece::Line(line)) => {
-                    batch.bytes.extend_from_slice(line);
+                    self.bytes.extend_from_slice(line);
                     Kind::Line
                 }
                 Some(Piece::Torn(piece)) => {
-                    batch.bytes.extend_from_slice(piece);
+                    self.bytes.extend_from_slice(piece);
                     Kind::Torn
                 }
                 Some(Piece::Overlong) => Kind::Overlong,
             };
-            batch.pieces.push(kind(batch.bytes.len()));
+            self.pieces.push(kind(self.bytes.len()));
         }
-        Ok(batch)
+        Ok(())
     }
 
     fn pieces(&self) -> Vec<(Kind, &[u8])> {

@@ -160,6 +160,8 @@ pub struct Log {
     pub export: Vec<Format>,
     /// Whether events go to the systemd journal as well.
     pub journal: bool,
+    /// The OpenTelemetry collector that events are sent to as well. Only builds that can have it.
+    pub otlp: Option<String>,
 }
 
 /// How often registry and kernel are compared.
@@ -317,6 +319,7 @@ impl Default for Log {
             mask: None,
             export: Vec::new(),
             journal: false,
+            otlp: None,
         }
     }
 }

@@ -136,6 +136,7 @@ impl<'t> Reader<'t> {
                 })
             });
             t.set("journal", &mut s.log.journal, boolean);
+            t.set("otlp", &mut s.log.otlp, |v| off_or(v, collector));
             t.set("signing_key", &mut s.log.signing_key, |v| path(v).map(Some));
             t.finish();
         }
@@ -414,6 +415,20 @@ fn loopback(value: &Value<'_>) -> Result<SocketAddr, Fault> {
                 .to_owned(),
         ),
     })
+}
+
+#[cfg(feature = "otlp")]
+fn collector(value: &Value<'_>) -> Result<String, Fault> {
+    let text = text(value)?;
+    match text.parse::<crate::audit::otlp::Collector>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(why) => fault(why),
+    }
+}
+
+#[cfg(not(feature = "otlp"))]
+fn collector(_: &Value<'_>) -> Result<String, Fault> {
+    fault("this build sends nothing to collectors: it was built without the feature `otlp`")
 }
 
 fn upstream(value: &Value<'_>) -> Result<Upstream, Fault> {

@@ -57,6 +57,7 @@ fn the_documented_defaults_are_the_defaults() {
         max_total = "8GiB"
         export = []
         journal = false
+        otlp = "off"
         [reconcile]
         every = "5s"
         [probe]
