@@ -2,9 +2,11 @@
 
 use crate::harness::Case;
 
+mod access;
 mod brief;
 mod flood;
 mod follow;
+mod journal;
 mod metrics;
 pub mod reader;
 
@@ -12,7 +14,9 @@ pub mod reader;
 pub fn cases() -> Vec<Case> {
     [
         metrics::cases(),
+        access::cases(),
         follow::cases(),
+        journal::cases(),
         flood::cases(),
         brief::cases(),
     ]

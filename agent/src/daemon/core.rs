@@ -7,6 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options, SETTLE_EVERY,
+    access::AccessBook,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
@@ -56,6 +57,7 @@ pub struct Core {
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
     pub(super) meter: Meter,
+    pub(super) access: AccessBook,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -214,6 +216,7 @@ impl Core {
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
             meter,
+            access: AccessBook::open(settings, limits)?,
             damage: loaded.damage,
             laps,
             memory,
@@ -293,6 +296,8 @@ impl Core {
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
+        self.settle_access();
+        self.write_access();
         self.keep_clock();
         let revision = self.force.revision;
         self.decide(Decision::Stopped {
@@ -422,6 +427,7 @@ impl Core {
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
         self.tend_trail();
+        self.tend_access();
         self.enforcer.sweep();
         if self.close_again {
             self.close_unreachable(None);
@@ -440,6 +446,9 @@ impl Core {
         self.recorder.reopen();
         if let Err(error) = self.audit.reopen() {
             warn!(message = "The audit log could not be reopened.", %error);
+        }
+        if let Err(error) = self.access.reopen() {
+            warn!(message = "The access log could not be reopened.", %error);
         }
     }
 }

@@ -92,7 +92,7 @@ impl Core {
         })
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         let now = wall_millis();
         let lost = self.recorder.lost();
         let lost = [
@@ -100,6 +100,7 @@ impl Core {
             ("rate", lost.rate),
             ("disk", lost.disk),
             ("export", self.meter.unexported),
+            ("access", self.enforcer.accesses().beyond().packets),
         ];
         let enforced = self
             .enforcer

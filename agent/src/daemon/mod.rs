@@ -9,6 +9,7 @@
 //! One task, [`core::Core`], owns the kernel side and all state; the control server and the
 //! watchers only send to it.
 
+mod access;
 mod answers;
 mod attribution;
 mod closing;

@@ -86,6 +86,8 @@ impl Core {
         self.enforcer.sweep();
         let images = next.images(&self.offset.clock());
         laps.done("images");
+        // The numbers that the kernel knows agents by may be given to others.
+        self.settle_access();
         let changed = self.put_all(&images)?;
         laps.done("tables");
         let before = std::mem::replace(&mut self.force, next);

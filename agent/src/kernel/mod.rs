@@ -5,6 +5,7 @@
 //! in force in one transaction. [`Enforcer::fence`] attaches to a root. Nothing here lifts
 //! anything unless it is asked to by name: when this process dies, pins keep the fence up.
 
+mod access;
 mod attach;
 mod bulk;
 mod drift;
@@ -44,6 +45,7 @@ use self::{
     tally::Tally,
 };
 
+pub use access::{Accesses, add as add_access};
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
@@ -135,6 +137,7 @@ pub struct Enforcer {
     folds: PerCpuArray<MapData, Fold>,
     question: Array<MapData, Question>,
     answer: Array<MapData, Answer>,
+    accesses: Accesses,
     fences: HashMap<String, Fence>,
     pinned: Pinned,
     /// What was counted elsewhere than in `counters`.
@@ -247,6 +250,17 @@ impl Enforcer {
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
         let folds = typed(&mut ebpf, "folds")?;
+        let taking = maps
+            .iter()
+            .find(|(name, ..)| *name == "access")
+            .ok_or(OpenError::MapMissing { name: "access" })?;
+        let taking = taking.2.try_clone().map_err(unusable(&plan.set))?;
+        let accesses = Accesses::new(
+            taking,
+            typed(&mut ebpf, "access")?,
+            typed(&mut ebpf, "beyond")?,
+            typed(&mut ebpf, "cache")?,
+        );
         let mut question = typed(&mut ebpf, "question")?;
         let mut answer = typed(&mut ebpf, "answer")?;
         // Before the tables are taken over: read by another layout they would look like nobody's.
@@ -286,6 +300,7 @@ impl Enforcer {
             folds,
             question,
             answer,
+            accesses,
             fences: HashMap::new(),
             pinned: Pinned {
                 base: base.to_owned(),
@@ -439,6 +454,11 @@ impl Enforcer {
             tally::add(&mut sum, &tally.sum(agent).ok()?);
         }
         Some(sum)
+    }
+
+    /// What agents reached, and how much.
+    pub fn accesses(&mut self) -> &mut Accesses {
+        &mut self.accesses
     }
 
     /// Every fold slot in use: CPU, slot, content.

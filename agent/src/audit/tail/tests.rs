@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::audit::{Limits, Log, LogName, writer::numbered};
+use crate::audit::{Limits, Log, LogName, writer::disk::numbered};
 
 const ROOMY: Limits = Limits {
     max_size: 1 << 30,

@@ -152,6 +152,8 @@ pub struct Log {
     pub per_agent_daily: u64,
     /// Bytes of all rotated files together, of both logs.
     pub max_total: u64,
+    /// How often what agents reached is written down; none is never.
+    pub access: Option<Duration>,
     /// The key that signs the audit trail; none for one of our own in the state directory.
     pub signing_key: Option<PathBuf>,
     /// Patterns of secrets in command lines; none for the built-in ones.
@@ -315,6 +317,7 @@ impl Default for Log {
             per_agent_rate: 200,
             per_agent_daily: 64 << 20,
             max_total: 8 << 30,
+            access: Some(Duration::from_secs(300)),
             signing_key: None,
             mask: None,
             export: Vec::new(),

@@ -129,6 +129,7 @@ impl<'t> Reader<'t> {
                 size(v, 64 << 10)
             });
             t.set("max_total", &mut s.log.max_total, |v| size(v, 64 << 10));
+            t.set("access", &mut s.log.access, period);
             t.set("mask", &mut s.log.mask, |v| list(v, pattern).map(Some));
             t.set("export", &mut s.log.export, |v| {
                 list(v, |v| {

@@ -55,6 +55,7 @@ fn the_documented_defaults_are_the_defaults() {
         per_agent_rate = 200
         per_agent_daily = "64MiB"
         max_total = "8GiB"
+        access = "5m"
         export = []
         journal = false
         otlp = "off"
