@@ -8,8 +8,9 @@ use std::{
 
 use super::{
     chain::{self, Flaw, Position, Record},
-    event::Why,
+    event::{Resumed, Why},
     head::Head,
+    keys::PublicKey,
 };
 use crate::audit::writer::Log;
 
@@ -26,6 +27,32 @@ pub(super) enum Ending {
     Record(Record),
     /// The last line is in a chain, but not as it was written.
     Altered,
+}
+
+/// What is to be said before the next record, because the disk was full when the trail was opened.
+#[derive(Debug)]
+pub(super) struct Opening {
+    pub(super) resumed: Option<Resumed>,
+    pub(super) old_key: Option<PublicKey>,
+}
+
+impl Opening {
+    /// The same with lines that were cut short since.
+    pub(super) fn with(mut self, fragments: Vec<(usize, chain::Hash)>, last: u64) -> Self {
+        match &mut self.resumed {
+            Some(resumed) => resumed.fragments.extend(fragments),
+            None if fragments.is_empty() => {}
+            None => {
+                self.resumed = Some(Resumed {
+                    why: Why::Fragment,
+                    head: Some(last),
+                    found: Some(last),
+                    fragments,
+                });
+            }
+        }
+        self
+    }
 }
 
 /// Where to go on, and what is not as it should be.

@@ -35,7 +35,7 @@ use serde_json::{Map, Value};
 use self::{
     chain::{Link, Position},
     checkpoint::Checkpoint,
-    ending::{Ending, ending_of, fragments, judge, last_record},
+    ending::{Ending, Opening, ending_of, fragments, judge, last_record},
     event::{Resumed, TrailEvent, Why},
     head::Head,
     keys::{KeyError, PublicKey, Signer},
@@ -73,32 +73,6 @@ pub enum TrailError {
     /// The key.
     #[error(transparent)]
     Key(#[from] KeyError),
-}
-
-/// What is to be said before the next record, because the disk was full when the trail was opened.
-#[derive(Debug)]
-struct Opening {
-    resumed: Option<Resumed>,
-    old_key: Option<PublicKey>,
-}
-
-impl Opening {
-    /// The same with lines that were cut short since.
-    fn with(mut self, fragments: Vec<(usize, chain::Hash)>, last: u64) -> Self {
-        match &mut self.resumed {
-            Some(resumed) => resumed.fragments.extend(fragments),
-            None if fragments.is_empty() => {}
-            None => {
-                self.resumed = Some(Resumed {
-                    why: Why::Fragment,
-                    head: Some(last),
-                    found: Some(last),
-                    fragments,
-                });
-            }
-        }
-        self
-    }
 }
 
 /// The audit log with its chain. This process alone writes it.

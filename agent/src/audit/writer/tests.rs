@@ -2,6 +2,8 @@
 
 use serde_json::json;
 
+use std::os::unix::fs::MetadataExt as _;
+
 use super::{disk::TAIL_BYTES, *};
 
 const ROOMY: Limits = Limits {

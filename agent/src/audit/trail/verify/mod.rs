@@ -434,58 +434,6 @@ impl Verifier {
         }
     }
 
-    fn sign_with(&mut self, record: &Record, key: PublicKey) {
-        if !self.pinned.is_empty() && !self.pinned.contains(&key) {
-            let what = format!("it names a key that `--key` does not: {key}");
-            self.finding(Some(record), None, &what);
-        }
-        if record.position.record != 1 {
-            self.finding(Some(record), None, "a chain begins in the midst of one");
-        }
-        self.key = Some(key);
-    }
-
-    fn checkpoint(&mut self, record: &Record, checkpoint: &Checkpoint) {
-        let known = match (self.pinned.is_empty(), self.key) {
-            (false, _) => self.pinned.contains(&checkpoint.key),
-            (true, Some(key)) => key == checkpoint.key,
-            (true, None) => true,
-        };
-        let what = if !known {
-            format!(
-                "the checkpoint is signed by another key, {}",
-                checkpoint.key
-            )
-        } else if !checkpoint.is_signed(&record.chain) {
-            "the checkpoint's signature is wrong".to_owned()
-        } else if record.previous != Some((checkpoint.record, checkpoint.hash)) {
-            "the checkpoint is not of the record before it".to_owned()
-        } else if self
-            .checkpoint
-            .is_some_and(|(number, ..)| number >= checkpoint.number)
-        {
-            "the checkpoint's number is not above that of the one before".to_owned()
-        } else {
-            self.report.checkpoints += 1;
-            self.key = Some(checkpoint.key);
-            self.checkpoint = Some((checkpoint.number, record.position.record, checkpoint.time));
-            return;
-        };
-        self.finding(Some(record), None, &what);
-    }
-
-    fn resumed(&mut self, record: &Record, resumed: &Resumed) {
-        let known: Vec<Hash> = resumed.fragments.iter().map(|(_, hash)| *hash).collect();
-        self.rubbish.retain(|(_, hash, _)| !known.contains(hash));
-        if resumed.is_innocent() {
-            let note = format!("record {}: {}", record.position.record, resumed.message());
-            self.report.notes.push(note);
-        } else {
-            let what = resumed.message();
-            self.finding(Some(record), None, &what);
-        }
-    }
-
     fn flaw(&mut self, flaw: Flaw, line: &[u8]) {
         let begun = self.last.is_some();
         match flaw {
