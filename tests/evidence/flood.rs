@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use super::reader::all_lines;
 use crate::{
@@ -103,6 +104,7 @@ pub fn cases() -> Vec<Case> {
         )?;
         fx.reconcile_all("alpha", "violations.jsonl")?;
         fx.reconcile_all("beta", "violations.jsonl")?;
+        verified(&fx, flood)?;
         let after = Use::of(pid)?;
         let settled = began.elapsed();
         let lines = all_lines(&fx.place().at("log"), "violations.jsonl")?;
@@ -131,6 +133,37 @@ pub fn cases() -> Vec<Case> {
     });
     case.deadline = Duration::from_secs(60);
     vec![case]
+}
+
+/// `remit log verify` comes to the same, and notices a line that was taken out.
+fn verified(fx: &Fixture, flood: u64) -> Result<()> {
+    let verify = || fx.place().remit(&["log", "verify", "--json"]);
+    let said = verify()?;
+    expect("exit code of remit log verify", said.code, 0)
+        .with_context(|| format!("{}{}", said.stdout, said.stderr))?;
+    let report: Value = serde_json::from_str(&said.stdout)?;
+    let accounting = &report["accounting"];
+    let all = flood + u64::from(TEN);
+    for side in ["counted", "logged"] {
+        expect(side, accounting[side].as_u64(), Some(all))?;
+    }
+    // It waits for the log to catch up, which takes its time.
+    if scale::emulated() {
+        return Ok(());
+    }
+    let path = fx.place().at("log/violations.jsonl");
+    let text = fs::read_to_string(&path)?;
+    let Some(line) = text.lines().find(|line| line.contains("\"uid\":\"beta\"")) else {
+        // It has been rotated away meanwhile.
+        return Ok(());
+    };
+    fs::write(&path, text.replacen(&format!("{line}\n"), "", 1))?;
+    let said = verify()?;
+    expect("exit code with a line less", said.code, 1)?;
+    claim(said.stdout.contains("\"agent\":\"beta\""), || {
+        said.stdout.clone()
+    })?;
+    Ok(fs::write(&path, text)?)
 }
 
 fn send_to(id: usize, port: u16, repeat: u32) -> Op {

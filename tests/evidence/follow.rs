@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread::{self, sleep},
@@ -288,10 +288,13 @@ fn same(who: &str, written: &[String], mut read: Vec<String>) -> Result<()> {
     )
 }
 
-fn find(program: &str) -> Option<std::path::PathBuf> {
-    FOLDERS
-        .iter()
-        .map(|folder| Path::new(folder).join(program))
+/// A program of the system's, by the search path or where those for root are.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = FOLDERS.iter().map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(folders)
+        .map(|folder| folder.join(program))
         .find(|path| path.is_file())
 }
 

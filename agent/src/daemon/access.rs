@@ -4,14 +4,15 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
-    mem,
+    fs, mem,
     net::{IpAddr, Ipv6Addr},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use agent_ebpf::abi::{self, Access};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{
     core::{Core, boot_now},
@@ -29,6 +30,8 @@ const TURN: usize = 4096;
 const EACH: usize = 1000;
 /// A day's worth of lines is counted anew after this.
 const DAY: Duration = Duration::from_secs(86_400);
+/// The file in the folder of what lives as long as the boot.
+const BESIDE: &str = "access.json";
 /// Of the room for logs, what rotated files of this one may take.
 const SHARE: u64 = 8;
 
@@ -54,6 +57,8 @@ pub struct AccessBook {
     spent: BTreeMap<String, u64>,
     day: Instant,
     daily: u64,
+    /// Where the next daemon finds what was told already. It lives as long as the kernel's maps.
+    beside: PathBuf,
 }
 
 impl AccessBook {
@@ -77,6 +82,7 @@ impl AccessBook {
             spent: BTreeMap::new(),
             day: Instant::now(),
             daily: log.per_agent_daily,
+            beside: settings.paths.run.join(BESIDE),
         })
     }
 
@@ -96,6 +102,29 @@ impl AccessBook {
 }
 
 impl Core {
+    /// Goes on where an earlier daemon ended. Without its word what lies in the kernel's cache, a
+    /// second of each flow, is told once more.
+    pub(super) fn resume_access(&mut self) {
+        let text = fs::read(&self.access.beside).unwrap_or_default();
+        if let Ok(remembered) = serde_json::from_slice(&text) {
+            self.enforcer.accesses().recall(remembered);
+        }
+    }
+
+    /// Leaves word for the next daemon.
+    fn remember_access(&mut self) {
+        let remembered = self.enforcer.accesses().remembered();
+        let path = &self.access.beside;
+        let beside = path.with_extension("new");
+        let written = serde_json::to_vec(&remembered)
+            .map_err(std::io::Error::from)
+            .and_then(|text| fs::write(&beside, text))
+            .and_then(|()| fs::rename(&beside, path));
+        if let Err(error) = written {
+            debug!(message = "What was told of the cache could not be kept.", %error);
+        }
+    }
+
     /// Once a second: takes what the kernel has, and writes it down when it is time.
     pub(super) fn tend_access(&mut self) {
         if self.access.log.is_none() {
@@ -161,6 +190,9 @@ impl Core {
         }
         let since = mem::replace(&mut self.access.since, until);
         self.access.written = Instant::now();
+        if self.access.log.is_some() {
+            self.remember_access();
+        }
         let sums = mem::take(&mut self.access.sums);
         for (agent, destinations) in sums {
             let mut one_by_one: Vec<_> = destinations.into_iter().collect();

@@ -224,6 +224,7 @@ impl Core {
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
         }
+        core.resume_access();
         core.expect_endings();
         core.attribute()?;
         core.laps.done("cgroups");

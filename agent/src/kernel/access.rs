@@ -2,8 +2,8 @@
 //!
 //! A slot of the allow cache is carried to the map when it is written anew, so what a quiet flow sent
 //! last lies in its slot for as long as nobody else wants that. It is told from there, and what was
-//! told is taken off what the map later says of the same destination. That book is this process's
-//! own: another daemon may tell the last second of a flow twice.
+//! told is taken off what the map later says of the same destination. The next daemon needs that book:
+//! without it, it tells what lies in the slots once more.
 
 use std::{
     collections::HashMap,
@@ -11,8 +11,9 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use agent_ebpf::abi::{Access, AccessKey, CACHE_PLACES, PACKET, Slot, Slots};
+use agent_ebpf::abi::{Access, AccessKey, Addr, CACHE_PLACES, PACKET, Slot, Slots};
 use aya::maps::{HashMap as KernelHash, MapData, PerCpuArray};
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 /// The maps, and what was told of them.
@@ -22,7 +23,20 @@ pub struct Accesses {
     access: KernelHash<MapData, AccessKey, Access>,
     beyond: PerCpuArray<MapData, Access>,
     cache: PerCpuArray<MapData, Slots>,
+    /// Its id.
+    map: u32,
     book: Book,
+}
+
+/// The book, for the next daemon.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remembered {
+    /// Id of the map `cache` that it is about; no two maps of a boot have the same.
+    map: u32,
+    /// CPU, place, slot, tenancy; bytes, packets, connections told.
+    told: Vec<((usize, u32, usize, u32), [u64; 3])>,
+    /// Agent, flow, address; bytes, packets, connections owed.
+    owed: Vec<((u32, u32, [u32; 4]), [u64; 3])>,
 }
 
 /// What was told from slots, and is not in the map yet. Pure.
@@ -42,14 +56,54 @@ impl Accesses {
         taking: OwnedFd,
         access: KernelHash<MapData, AccessKey, Access>,
         beyond: PerCpuArray<MapData, Access>,
-        cache: PerCpuArray<MapData, Slots>,
+        (cache, map): (PerCpuArray<MapData, Slots>, u32),
     ) -> Self {
         Self {
             taking,
             access,
             beyond,
             cache,
+            map,
             book: Book::default(),
+        }
+    }
+
+    /// The book, for the next daemon.
+    pub fn remembered(&self) -> Remembered {
+        let flat = |access: &Access| [access.bytes, access.packets, access.connections];
+        let told = self.book.told.iter();
+        let owed = self.book.owed.iter();
+        Remembered {
+            map: self.map,
+            told: told
+                .map(|((cpu, place, slot), (tenancy, told))| {
+                    ((*cpu, *place, *slot, *tenancy), flat(told))
+                })
+                .collect(),
+            owed: owed
+                .map(|(key, owed)| ((key.agent, key.flow, key.addr.words), flat(owed)))
+                .collect(),
+        }
+    }
+
+    /// Goes on with an earlier daemon's book. One about other maps is of no use.
+    pub fn recall(&mut self, remembered: Remembered) {
+        if remembered.map != self.map {
+            return;
+        }
+        let access = |[bytes, packets, connections]: [u64; 3]| Access {
+            bytes,
+            packets,
+            connections,
+        };
+        for ((cpu, place, slot, tenancy), told) in remembered.told {
+            let told = (tenancy, access(told));
+            self.book.told.insert((cpu, place, slot), told);
+        }
+        for ((agent, flow, words), owed) in remembered.owed {
+            let addr = Addr { words };
+            let key = AccessKey { agent, flow, addr };
+            self.book.owed.insert(key, access(owed));
         }
     }
 
@@ -207,8 +261,6 @@ impl Book {
 
 #[cfg(test)]
 mod tests {
-    use agent_ebpf::abi::Addr;
-
     use super::*;
 
     fn key(port: u32) -> AccessKey {

@@ -45,7 +45,7 @@ use self::{
     tally::Tally,
 };
 
-pub use access::{Accesses, add as add_access};
+pub use access::{Accesses, Remembered, add as add_access};
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
@@ -259,7 +259,7 @@ impl Enforcer {
             taking,
             typed(&mut ebpf, "access")?,
             typed(&mut ebpf, "beyond")?,
-            typed(&mut ebpf, "cache")?,
+            (typed(&mut ebpf, "cache")?, object::id_of(&maps, "cache")),
         );
         let mut question = typed(&mut ebpf, "question")?;
         let mut answer = typed(&mut ebpf, "answer")?;

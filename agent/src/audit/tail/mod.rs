@@ -72,8 +72,8 @@ pub struct Tail {
     /// Files to read before the one at the path, the next one last.
     queue: Vec<File>,
     current: Option<Current>,
-    /// Files read to their end of late: device and inode.
-    read: VecDeque<(u64, u64)>,
+    /// Files read to their end of late: device and inode, and when they were last written to.
+    read: VecDeque<((u64, u64), SystemTime)>,
     skipped: u64,
 }
 
@@ -168,14 +168,11 @@ impl Tail {
 
     /// Opens the next file; false if there is none.
     fn advance(&mut self) -> Result<bool, TailError> {
-        let file = match self.queue.pop() {
-            Some(file) => file,
-            None => match open(&self.path) {
-                Ok(file) => file,
-                // Between a rotation and the next line there is no file.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-                Err(source) => return Err(self.error(source)),
-            },
+        if self.queue.is_empty() {
+            self.queue = self.written_later()?;
+        }
+        let Some(file) = self.queue.pop() else {
+            return Ok(false);
         };
         let meta = file.metadata().map_err(|source| self.error(source))?;
         self.current = Some(Current {
@@ -186,32 +183,41 @@ impl Tail {
         Ok(true)
     }
 
-    /// Done with a file that will not grow. Others may have come and gone since it was current.
+    /// The files that were written to after those read so far, the next one to read last: whoever
+    /// rotated, however often meanwhile, and however they are named now. All are opened at once, so
+    /// that further rotation does not change what is read.
+    fn written_later(&self) -> Result<Vec<File>, TailError> {
+        let Some((_, left)) = self.read.back() else {
+            return match open(&self.path) {
+                Ok(file) => Ok(vec![file]),
+                // Between a rotation and the next line there is no file.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+                Err(source) => Err(self.error(source)),
+            };
+        };
+        let mut files = by_age(&self.path)?;
+        files.retain(|file| {
+            // The number of a file that was removed may be another's now, but not its time as well.
+            let was_read = self.read.contains(&(file.identity, file.modified));
+            !was_read && (file.path == self.path || file.modified >= *left)
+        });
+        files.reverse();
+        Ok(files.into_iter().map(|file| file.file).collect())
+    }
+
+    /// Done with a file that will not grow.
     fn leave(&mut self) {
         let Some(current) = self.current.take() else {
             return;
         };
         self.skipped += u64::from(!current.partial.is_empty());
-        self.read.push_back(current.identity);
-        if self.read.len() > REMEMBERED {
-            self.read.pop_front();
+        let meta = current.file.metadata();
+        if let Ok(modified) = meta.and_then(|meta| meta.modified()) {
+            self.read.push_back((current.identity, modified));
+            if self.read.len() > REMEMBERED {
+                self.read.pop_front();
+            }
         }
-        if !self.queue.is_empty() {
-            return;
-        }
-        let left = current.file.metadata().and_then(|meta| meta.modified());
-        let Ok(files) = by_age(&self.path) else {
-            return;
-        };
-        // Whoever rotated and however they are named now: what came between was written later.
-        let between = files.into_iter().filter(|file| {
-            file.path != self.path
-                && !self.read.contains(&file.identity)
-                && left.as_ref().is_ok_and(|left| file.modified >= *left)
-        });
-        self.queue = between.map(|file| file.file).collect();
-        // The queue ends with the next one to read.
-        self.queue.reverse();
     }
 
     /// Opens the rotated files that were written to since then, whoever rotated them. They are
