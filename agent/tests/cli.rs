@@ -762,6 +762,56 @@ fn tail_reads_the_log_without_a_daemon() {
     let readable = remit(&settings, &["tail"]);
     assert_eq!(stdout(&readable).lines().count(), 2);
     assert!(!stdout(&readable).contains('\u{1b}'));
+    let painted = remit(&settings, &["tail", "--color", "always"]);
+    assert!(stdout(&painted).contains('\u{1b}'));
+}
+
+#[test]
+fn tail_filters_folds_and_converts() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let line = |at: i64, reason: &str, ip: &str, count: u64| {
+        format!(
+            r#"{{"time":{},"class_uid":4001,"action_id":2,"ai_agent":{{"uid":"a"}},"count":{count},"dst_endpoint":{{"ip":"{ip}","port":443}},"unmapped":{{"verdict":"denied","reason":"{reason}","hook":"cgroup/connect4"}}}}"#,
+            1_793_836_800_000 + at
+        )
+    };
+    let lines = [
+        line(0, "out_of_scope", "192.0.2.1", 1),
+        line(1_000, "out_of_scope", "192.0.2.1", 20),
+        line(1_500, "floor", "169.254.169.254", 1),
+        line(2_000, "out_of_scope", "192.0.2.1", 21),
+    ];
+    fs::create_dir(folder.path().join("log")).unwrap();
+    fs::write(
+        folder.path().join("log/violations.jsonl"),
+        lines.clone().map(|line| line + "\n").concat(),
+    )
+    .unwrap();
+    let told = |arguments: &[&str]| {
+        let output = remit(&settings, &[&["tail"], arguments].concat());
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output)
+            .lines()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let folded = told(&[]);
+    assert_eq!(folded.len(), 3, "{folded:?}");
+    assert!(folded[2].ends_with("×41"), "{folded:?}");
+    assert_eq!(told(&["--all"]).len(), 4);
+    assert_eq!(told(&["--json"]), lines);
+    assert_eq!(told(&["--json", "--reason", "floor"]), lines[2..3]);
+    assert_eq!(
+        told(&["--json", "--dest", "192.0.2.0/24:443", "-n", "2"]),
+        [lines[1].clone(), lines[3].clone()]
+    );
+    let ecs = told(&["--format", "ecs", "--reason", "floor"]);
+    assert!(ecs[0].starts_with(r#"{"@timestamp""#), "{ecs:?}");
+    for wrong in [["--format", "xml"], ["--dest", "a b"], ["--color", "some"]] {
+        let output = remit(&settings, &[&["tail"], &wrong[..]].concat());
+        assert_eq!(code(&output), 2);
+    }
 }
 
 /// A trail of a few records in the log folder of the settings.

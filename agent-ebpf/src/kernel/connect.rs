@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache,
+    access, cache,
     emit::{self, Naming},
     identity,
     maps::{self, Tables},
@@ -67,9 +67,10 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         port,
         protocol,
     };
-    if let Some(agent) = cache::hit(&question) {
+    if let Some(hit) = cache::hit(&question) {
+        access::connected(hit.slot);
         remember(ctx, &addr, port);
-        emit::allowed(agent);
+        emit::allowed(hit.agent);
         return PASS;
     }
     slowly(ctx, addr, port, protocol, hook, cgroup)
@@ -193,7 +194,12 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
         now: attempt.now,
     };
     if ruling.cacheable != 0 {
-        cache::remember(&question(attempt, who.cgroup), &basis, ruling.until);
+        cache::remember(
+            &question(attempt, who.cgroup),
+            &basis,
+            ruling.until,
+            access::Use::CONNECTION,
+        );
     } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
         cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache,
+    access, cache,
     emit::{self, Naming},
     identity,
     maps::{self, Tables, skb_current},
@@ -125,8 +125,9 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
             port: packet.port,
             protocol: packet.protocol,
         };
-        if let Some(agent) = cache::hit(&question) {
-            emit::allowed(agent);
+        if let Some(hit) = cache::hit(&question) {
+            access::passed(hit.slot, field!(skb, len));
+            emit::allowed(hit.agent);
             return PASS;
         }
         is_told = packet::complete(&bytes, packet);
@@ -160,7 +161,7 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64, packet: &mut Packet, cause: u32) -> 
     }
     if ruling.verdict == ALLOW {
         if ruling.cacheable != 0 {
-            remember(packet, &who, ruling.until);
+            remember(ctx, packet, &who, ruling.until);
         }
         emit::allowed(who.agent);
         return PASS;
@@ -203,7 +204,7 @@ fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Rulin
 
 /// Remembers an allow.
 #[inline(never)]
-fn remember(packet: &Packet, who: &Who, until: u64) {
+fn remember(ctx: &SkBuffContext, packet: &Packet, who: &Who, until: u64) {
     let question = cache::Question {
         cgroup: who.cgroup,
         addr: &packet.destination,
@@ -217,7 +218,8 @@ fn remember(packet: &Packet, who: &Who, until: u64) {
         epoch: who.epoch,
         now: who.now,
     };
-    cache::remember(&question, &basis, until);
+    let used = access::Use::packet(field!(ctx.skb.skb, len));
+    cache::remember(&question, &basis, until, used);
 }
 
 /// For debugging; a function of its own for the sake of the stack.

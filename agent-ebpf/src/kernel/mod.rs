@@ -12,6 +12,7 @@ macro_rules! field {
     }};
 }
 
+mod access;
 mod bind;
 mod cache;
 mod connect;

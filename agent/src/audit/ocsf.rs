@@ -44,6 +44,8 @@ codes! {
     Monitored = "RM1002", Violations, "attempt let through by monitor mode";
     /// Attempts whose details were lost.
     Dropped = "RM1003", Violations, "attempts without details";
+    /// What an agent reached, and how much.
+    Reached = "RM1004", Access, "destination reached";
     /// An agent was suspended.
     AgentSuspended = "RM2001", Audit, "agent suspended";
     /// A suspension ended.
@@ -109,22 +111,26 @@ pub enum LogName {
     Violations,
     /// What was decided about agents.
     Audit,
+    /// What agents reached.
+    Access,
 }
 
 impl LogName {
-    /// `violations` or `audit`.
+    /// `violations`, `audit` or `access`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Violations => "violations",
             Self::Audit => "audit",
+            Self::Access => "access",
         }
     }
 
-    /// `violations.jsonl` or `audit.jsonl`.
+    /// `violations.jsonl`, `audit.jsonl` or `access.jsonl`.
     pub const fn file(self) -> &'static str {
         match self {
             Self::Violations => "violations.jsonl",
             Self::Audit => "audit.jsonl",
+            Self::Access => "access.jsonl",
         }
     }
 }

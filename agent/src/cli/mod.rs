@@ -25,6 +25,7 @@ mod run;
 mod status;
 mod support;
 mod tail;
+mod top;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
@@ -85,6 +86,8 @@ enum Command {
     Agents(agents::Arguments),
     /// Print violations, one line each.
     Tail(tail::Arguments),
+    /// Show agents, rates and violations live, in the terminal.
+    Top(top::Arguments),
     /// Check the audit trail, or search the logs.
     #[command(subcommand)]
     Log(log::Command),
@@ -151,6 +154,7 @@ impl Global {
             Command::Guard(arguments) => guard::run(self, &arguments, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
+            Command::Top(arguments) => top::run(self, &arguments, &output),
             Command::Log(command) => log::run(self, &command, &output),
             Command::Suspend(arguments) => lifecycle::suspend(self, arguments, &output),
             Command::Resume(arguments) => lifecycle::resume(self, arguments, &output),

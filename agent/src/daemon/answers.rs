@@ -37,6 +37,7 @@ impl Core {
             Request::Agent(id, reply) => drop(reply.send(self.agent(&id))),
             Request::Explain(question, reply) => drop(reply.send(self.explain(question))),
             Request::Run(request, reply) => drop(reply.send(self.run(&request))),
+            Request::Metrics(reply) => drop(reply.send(self.metrics())),
             Request::Myself(reply) => drop(reply.send(Ok(self.myself(&call.caller)))),
             Request::Reload(request, reply) => {
                 drop(reply.send(self.reload_on_request(&call.caller, request.accept_clock)));

@@ -9,6 +9,7 @@
 //! One task, [`core::Core`], owns the kernel side and all state; the control server and the
 //! watchers only send to it.
 
+mod access;
 mod advice;
 mod answers;
 mod attribution;
@@ -24,6 +25,7 @@ mod keeping;
 mod laps;
 mod lifecycle;
 mod lock;
+mod metering;
 mod posture;
 mod probe;
 mod reconcile;
@@ -124,6 +126,15 @@ pub enum DaemonError {
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] control::server::BindError),
+    /// The address of the metrics.
+    #[error("cannot serve metrics at {address}, which `metrics.listen` names")]
+    Metrics {
+        /// Which address.
+        address: std::net::SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// Something of the operating system.
     #[error("cannot {what}")]
     System {
@@ -169,6 +180,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     let listener = control::server::Listener::bind(&settings.socket(), READERS)?;
     let (calls, mut requests) = mpsc::channel(64);
     let roots = core.roots_in_proc();
+    let scrape = metering::listen(&settings, calls.clone())?;
     let server = tokio::spawn(control::server::serve(listener, roots, calls));
 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?;
@@ -272,6 +284,9 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         }
     };
     server.abort();
+    if let Some(scrape) = scrape {
+        scrape.abort();
+    }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!(message = "The service manager could not be told.", %error);
     }

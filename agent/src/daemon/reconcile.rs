@@ -135,6 +135,7 @@ impl Core {
             if !standing.told {
                 self.drift.summary.found += 1;
                 self.drift.summary.last_ms = Some(now);
+                self.meter.drifted(key.0);
             }
             seen.insert(key, standing);
         }
@@ -145,7 +146,9 @@ impl Core {
                 message = "Registry and kernel disagree; mending.",
                 differences = found.len()
             );
+            let mending = Instant::now();
             let repaired = self.enforcer.repair(&found);
+            self.meter.repaired(mending);
             let left: BTreeSet<(&str, String)> = self
                 .enforcer
                 .inspect()
@@ -312,6 +315,7 @@ impl Core {
             };
             self.drift.summary.found += 1;
             self.drift.summary.last_ms = Some(wall_millis());
+            self.meter.drifted(DriftKind::ForeignProgram.name());
             self.decide(Decision::Drifted(Box::new(drifted)));
         }
     }

@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Mask, Owed, ProcessInfo, Processes,
-        Subject, Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Lost, Mask, Owed, ProcessInfo,
+        Processes, Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},
@@ -83,6 +83,7 @@ pub struct Recorder {
     /// When old files were looked for last.
     pruned: Option<Instant>,
     denials: BTreeMap<String, VecDeque<Denial>>,
+    lost: Lost,
     last: BTreeMap<String, LastViolation>,
     revision: u64,
     offset: Offset,
@@ -131,6 +132,7 @@ impl Recorder {
             exports: Exports::default(),
             pruned: None,
             denials: BTreeMap::new(),
+            lost: Lost::default(),
             last: BTreeMap::new(),
             revision: 0,
             offset,
@@ -517,6 +519,7 @@ impl Recorder {
         if owed.lost.disk > 0 {
             self.health.lost = Some((Instant::now(), owed.lost.disk));
         }
+        self.lost = self.lost + owed.lost;
         self.append(now, owed.key, count, |sequence| {
             dropped.to_ocsf(&host, sequence)
         });
@@ -588,6 +591,11 @@ impl Recorder {
             })
             .sum();
         written < counted
+    }
+
+    /// Attempts whose details were lost since the start, by where.
+    pub fn lost(&self) -> Lost {
+        self.lost
     }
 
     /// The newest violation of an agent.

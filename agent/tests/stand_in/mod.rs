@@ -14,11 +14,12 @@ use std::{
 use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
-        Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain, Guard,
-        GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt, ProbeCounts,
-        ProbeVerdict, Probed, Question, Reconciled, Refusal, Registry, Reload, RunGrant, Source,
-        Status,
+        Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain,
+        Exposition, Guard, GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt,
+        ProbeCounts, ProbeVerdict, Probed, Question, Reconciled, Refusal, Registry, Reload,
+        RunGrant, Source, Status,
     },
+    scrape,
     server::{Listener, serve},
 };
 use tempfile::TempDir;
@@ -134,6 +135,21 @@ pub fn serve_at(
     runtime
 }
 
+/// Serves metrics on a loopback address of the system's choice.
+pub fn scraped() -> (std::net::SocketAddr, tokio::runtime::Runtime) {
+    let listener = scrape::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (calls, requests) = mpsc::channel(8);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.spawn(scrape::serve(listener, calls));
+    runtime.spawn(stand_in(requests, Answers::default()));
+    (address, runtime)
+}
+
 async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
     while let Some(Call { caller, request }) = requests.recv().await {
         match request {
@@ -190,6 +206,13 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                 let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
                 answer(reply, Ok(RunGrant { cgroup, id: 5 }));
             }
+            Request::Metrics(reply) => answer(
+                reply,
+                Ok(Exposition {
+                    content_type: "application/openmetrics-text; version=1.0.0",
+                    text: "remit_problems 0\n# EOF\n".to_owned(),
+                }),
+            ),
             Request::Myself(reply) => answer(reply, Ok(myself(caller.cgroup))),
         }
     }

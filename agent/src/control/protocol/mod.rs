@@ -10,6 +10,7 @@
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
 //! | `POST /v1/explain` ([`Question`]), which the kernel counts | change | [`Attached`] |
 //! | `GET /v1/guard?cgroup=` ([`GuardQuestion`]) | read | [`Guarded`] |
+//! | `GET /v1/metrics`                | read   | [`Exposition`], as text |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
 //! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
@@ -26,6 +27,7 @@
 mod drift;
 mod guard;
 mod lifecycle;
+mod metrics;
 mod probe;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
@@ -35,6 +37,7 @@ use serde::{Deserialize, Serialize};
 pub use drift::{Drift, DriftSummary, Reconciled};
 pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
+pub use metrics::Exposition;
 pub use probe::{LastProbe, ProbeAttempt, ProbeCounts, ProbeVerdict, Probed};
 
 /// Path prefix of this version of the API.

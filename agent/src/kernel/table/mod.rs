@@ -8,6 +8,7 @@ mod inspect;
 mod loan;
 mod repair;
 mod stage;
+mod usage;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -35,6 +36,7 @@ use stage::Writes;
 
 pub use inspect::{Spot, SpotKey};
 pub use loan::Loan;
+pub use usage::Usage;
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
