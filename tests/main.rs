@@ -11,9 +11,11 @@ mod bench;
 mod budget;
 mod bypass;
 mod daemon;
+mod evidence;
 mod harness;
 mod kernel;
 mod never_open;
+mod proof;
 mod support;
 
 fn main() -> ExitCode {
@@ -57,7 +59,9 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(kernel::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
+    cases.extend(evidence::cases());
     cases.extend(never_open::cases());
+    cases.extend(proof::cases());
     cases.extend(budget::cases());
     cases
 }

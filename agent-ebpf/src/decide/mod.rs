@@ -32,7 +32,7 @@ use crate::verifier::{hide, hide8, hide32, opaque};
 
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, INHERITED, LOOPBACK_ENTRY, Leaf,
-    Loopback, Mode, NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    Loopback, Mode, NO_ENTRY, RULES_PER_SET, Reason, Rule, RuleSet, SERVE, SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -326,7 +326,13 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
             let Some(set) = rules.rule_set(index) else {
                 break;
             };
-            let hit = matching(set, (asked >> 16) as i64, (asked & 0xffff) as i64);
+            let (class, port) = ((asked >> 16) as i64, (asked & 0xffff) as i64);
+            // Most addresses have one rule; the others of a block lie in other lines of the cache.
+            let hit = if set.len == 1 {
+                hide(missed(&set.rules[0], class, port) ^ 1)
+            } else {
+                matching(set, class, port)
+            };
             if hit != 0 {
                 // Masked again where the compiler cannot see that it need not be: the verifier of
                 // 6.1 cannot follow the arithmetic that bounds the number.
@@ -356,18 +362,23 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
 /// combination of outcomes over all rules, and give up at a million instructions.
 #[inline(always)]
 fn matching(set: &RuleSet, class: i64, port: i64) -> u64 {
-    let mut missed = 0_u64;
+    let mut misses = 0_u64;
     for i in 0..RULES_PER_SET {
-        let rule = &set.rules[i];
-        let own = rule.class as i64;
-        let apart = own - class;
-        // Each is negative when its condition does not hold.
-        let below = port - rule.low as i64;
-        let above = rule.high as i64 - port;
-        let other = -(own * apart * apart);
-        missed |= ((below | above | other) as u64 >> 63) << i;
+        misses |= missed(&set.rules[i], class, port) << i;
     }
-    !missed & 0xff
+    !misses & 0xff
+}
+
+/// 1 where a rule does not match.
+#[inline(always)]
+const fn missed(rule: &Rule, class: i64, port: i64) -> u64 {
+    let own = rule.class as i64;
+    let apart = own - class;
+    // Each is negative when its condition does not hold.
+    let below = port - rule.low as i64;
+    let above = rule.high as i64 - port;
+    let other = -(own * apart * apart);
+    (below | above | other) as u64 >> 63
 }
 
 const _: () = assert!(

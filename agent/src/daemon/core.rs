@@ -1,18 +1,23 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use agent_ebpf::abi::ABI_VERSION;
 use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options, SETTLE_EVERY,
+    access::AccessBook,
+    differences::Seen,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
     keeping::clocks_before,
     laps::Laps,
     lock::RootLock,
+    metering::Meter,
+    posture::Beats,
+    probe::Probing,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -54,6 +59,11 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) beats: Beats,
+    pub(super) seen: Seen,
+    pub(super) probing: Probing,
+    pub(super) meter: Meter,
+    pub(super) access: AccessBook,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -151,6 +161,8 @@ impl Core {
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
         laps.done("load");
         let adopted = enforcer.born_before_us();
+        let mut meter = Meter::default();
+        let began = Instant::now();
         match enforcer.apply(&images) {
             Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
                 enforcer.outgrow(&images, larger(&enforcer, capacity))?;
@@ -158,6 +170,7 @@ impl Core {
             applied => drop(applied?),
         }
         laps.done("tables");
+        meter.applied(began);
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -208,6 +221,11 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            beats: Beats::default(),
+            seen: Seen::default(),
+            probing: Probing::default(),
+            meter,
+            access: AccessBook::open(settings, limits)?,
             damage: loaded.damage,
             laps,
             memory,
@@ -215,6 +233,7 @@ impl Core {
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
         }
+        core.resume_access();
         core.expect_endings();
         core.attribute()?;
         core.laps.done("cgroups");
@@ -287,6 +306,8 @@ impl Core {
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
+        self.settle_access();
+        self.write_access();
         self.keep_clock();
         let revision = self.force.revision;
         self.decide(Decision::Stopped {
@@ -416,12 +437,14 @@ impl Core {
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
         self.tend_trail();
+        self.tend_access();
         self.enforcer.sweep();
         if self.close_again {
             self.close_unreachable(None);
             self.close_again = false;
         }
         self.end_what_ends();
+        self.probe_what_is_due();
         let Some(stepped) = self.offset.stepped() else {
             return false;
         };
@@ -434,6 +457,9 @@ impl Core {
         self.recorder.reopen();
         if let Err(error) = self.audit.reopen() {
             warn!(message = "The audit log could not be reopened.", %error);
+        }
+        if let Err(error) = self.access.reopen() {
+            warn!(message = "The access log could not be reopened.", %error);
         }
     }
 }

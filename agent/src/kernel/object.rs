@@ -8,8 +8,9 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home,
-    Leaf, OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    ACCESS_ENTRIES, Access, AccessKey, AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters,
+    FOLD_SLOTS, Fold, HOMES, Home, Leaf, OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey,
+    Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -105,7 +106,7 @@ const SIZED: [&str; 9] = [
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 21] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -138,6 +139,14 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
             capacity.rule_sets,
         ),
         map("cache", PerCpuArray, 4, size_of::<Slots>(), CACHE_PLACES),
+        map(
+            "access",
+            Hash,
+            size_of::<AccessKey>(),
+            size_of::<Access>(),
+            ACCESS_ENTRIES,
+        ),
+        map("beyond", PerCpuArray, 4, size_of::<Access>(), 1),
         map("homes", PerCpuArray, 4, size_of::<Home>(), HOMES),
         map(
             "counters",

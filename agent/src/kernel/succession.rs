@@ -45,8 +45,8 @@ pub enum Succession {
 
 /// Maps that go from set to set as they are, while their shape is the same. All others are this
 /// process's own to fill.
-const CARRIED: [&str; 7] = [
-    "tags", "owners", "events", "folds", "budgets", "names", "counters",
+const CARRIED: [&str; 9] = [
+    "tags", "owners", "events", "folds", "budgets", "names", "counters", "access", "beyond",
 ];
 /// Of those, the ones whose content is copied or summed up where their shape is another.
 const COPIED: [&str; 2] = ["names", "counters"];

@@ -44,7 +44,8 @@ impl Violation {
         if self.count > 1 {
             event.insert("count".to_owned(), json!(self.count));
         }
-        self.agent.fields(&mut event, self.verdict);
+        self.agent
+            .fields(&mut event, self.verdict == Verdict::Denied);
         event.insert("firewall_rule".to_owned(), self.rule());
         event.insert("actor".to_owned(), self.actor());
         event.insert("connection_info".to_owned(), self.connection());
@@ -235,7 +236,8 @@ impl Dropped {
         .build(host, sequence);
         verdict_fields(&mut event, self.verdict, self.reason);
         event.insert("count".to_owned(), json!(count));
-        self.agent.fields(&mut event, self.verdict);
+        self.agent
+            .fields(&mut event, self.verdict == Verdict::Denied);
         event.insert(
             "firewall_rule".to_owned(),
             json!({
@@ -277,7 +279,7 @@ impl Dropped {
 
 impl Subject {
     /// `billing-recon (owner alice@example.com)`.
-    fn label(&self) -> String {
+    pub(super) fn label(&self) -> String {
         if self.registered {
             format!("{} (owner {})", self.id, self.owner)
         } else {
@@ -285,11 +287,12 @@ impl Subject {
         }
     }
 
-    fn actor(&self) -> Value {
+    pub(super) fn actor(&self) -> Value {
         json!({ "app_name": self.name, "app_uid": self.id })
     }
 
-    fn fields(&self, event: &mut Map<String, Value>, verdict: Verdict) {
+    /// `applied`: whether what happened is what the entry says.
+    pub(super) fn fields(&self, event: &mut Map<String, Value>, applied: bool) {
         event.insert(
             "ai_agent".to_owned(),
             json!({ "uid": self.id, "name": self.name }),
@@ -299,7 +302,7 @@ impl Subject {
             "name": self.id,
             "version": self.hash,
             "type": "egress-scope",
-            "is_applied": verdict == Verdict::Denied,
+            "is_applied": applied,
         });
         if self.registered {
             let mut desc = format!("owner={}", self.owner);
@@ -338,7 +341,7 @@ impl Endpoint {
     }
 
     /// `198.51.100.23:443`, `[2001:db8::1]:443`, `198.51.100.23`.
-    fn shown(&self) -> String {
+    pub(super) fn shown(&self) -> String {
         match (self.port, self.ip) {
             (Some(port), IpAddr::V4(ip)) => format!("{ip}:{port}"),
             (Some(port), IpAddr::V6(ip)) => format!("[{ip}]:{port}"),
@@ -360,7 +363,7 @@ impl ProcessInfo {
 
 impl EntryRef {
     /// `billing-recon.toml:31`, or `built in`.
-    fn place(&self) -> String {
+    pub(super) fn place(&self) -> String {
         if self.file.is_empty() {
             return "built in".to_owned();
         }
@@ -415,6 +418,6 @@ fn verdict_fields(event: &mut Map<String, Value>, verdict: Verdict, reason: Reas
     }
 }
 
-fn connection(protocol: &str) -> Value {
+pub(super) fn connection(protocol: &str) -> Value {
     json!({ "direction_id": 2, "direction": "Outbound", "protocol_name": protocol })
 }

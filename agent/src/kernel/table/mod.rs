@@ -5,8 +5,10 @@
 mod adopt;
 mod claims;
 mod inspect;
+mod loan;
 mod repair;
 mod stage;
+mod usage;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -33,6 +35,8 @@ use super::{
 use stage::Writes;
 
 pub use inspect::{Spot, SpotKey};
+pub use loan::Loan;
+pub use usage::Usage;
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
@@ -93,6 +97,8 @@ pub struct Tables {
     ids: BTreeMap<u32, String>,
     in_force: BTreeMap<u32, Installed>,
     retired: Vec<(Instant, Installed)>,
+    /// Rule sets that nothing points to any more, but for programs that are running.
+    parted: Vec<(Instant, u32)>,
     attributed: HashMap<u64, u32>,
     epoch_now: u64,
     sets: RuleSets,
@@ -242,6 +248,7 @@ impl Tables {
             ids: BTreeMap::new(),
             in_force: BTreeMap::new(),
             retired: Vec::new(),
+            parted: Vec::new(),
             attributed: HashMap::new(),
             epoch_now: 0,
             sets: RuleSets::new(capacity.rule_sets),
@@ -550,6 +557,13 @@ impl Tables {
         self.retired = young;
         for (_, installed) in old {
             self.remove(installed);
+        }
+        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parted)
+            .into_iter()
+            .partition(|(at, _)| now.duration_since(*at) > GRACE);
+        self.parted = young;
+        for (_, set) in old {
+            self.sets.release(set);
         }
     }
 }

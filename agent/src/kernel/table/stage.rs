@@ -21,6 +21,13 @@ pub(super) struct Writes {
     rows: Vec<(u32, AgentRow)>,
 }
 
+impl Writes {
+    /// The rules of one exact address.
+    pub(super) fn exact(&mut self, key: ScopeKey, leaf: Leaf) {
+        self.exacts.push((key, leaf));
+    }
+}
+
 /// Writes all of these and reads them back.
 fn put_all<K: Plain + Eq + std::hash::Hash, V: Plain + PartialEq>(
     map: &'static str,
@@ -142,7 +149,11 @@ impl Tables {
         Ok(())
     }
 
-    fn plan_rules(&mut self, rules: &[Rule], writes: &mut Writes) -> Result<Leaf, ApplyError> {
+    pub(super) fn plan_rules(
+        &mut self,
+        rules: &[Rule],
+        writes: &mut Writes,
+    ) -> Result<Leaf, ApplyError> {
         let (rules, entry) = shared(rules);
         match self.sets.intern(&rules) {
             Interned::Shared(set) => Ok(Leaf { set, entry }),
@@ -159,7 +170,7 @@ impl Tables {
         }
     }
 
-    fn check_room(&self, place: Place) -> Result<(), ApplyError> {
+    pub(super) fn check_room(&self, place: Place) -> Result<(), ApplyError> {
         let (used, has, limit) = match place.bits {
             None => (self.exact_count, self.capacity.addresses, "addresses"),
             Some(_) => (self.prefix_count, self.capacity.prefixes, "prefixes"),
