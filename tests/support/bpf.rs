@@ -138,8 +138,10 @@ impl Pinned {
         };
         let consumer = map(0, libc::PROT_READ | libc::PROT_WRITE)?;
         let producer = map(page, libc::PROT_READ)?;
-        // SAFETY: both pages are mapped, and never unmapped: the case's process ends soon.
-        unsafe { consumer.write_volatile(position(producer.read_volatile())) };
+        // SAFETY: the page is mapped, and never unmapped: the case's process ends soon.
+        let produced = unsafe { producer.read_volatile() };
+        // SAFETY: as above.
+        unsafe { consumer.write_volatile(position(produced)) };
         Ok(())
     }
 

@@ -109,19 +109,18 @@ fn slowly(
         now: cache::boot_now(),
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    let verdict = if again(&attempt, &mut who) != 0 {
+    if again(&attempt, &mut who) != 0 {
         ruling = Ruling::deny(Reason::OutOfScope);
-        Verdict::Denied as u32
-    } else {
-        ask(ctx, &mut attempt, &mut who, &mut ruling)
-    };
-    if verdict == u32::from(ALLOW) {
+    } else if ask(ctx, &mut attempt, &mut who, &mut ruling) != 0 {
+        return REFUSE;
+    }
+    if ruling.verdict == ALLOW {
         remember(ctx, &addr, port);
         emit::allowed(who.agent);
         return PASS;
     }
     report(&attempt, &ruling, &who);
-    if verdict == Verdict::Monitored as u32 {
+    if ruling.verdict == Verdict::Monitored as u8 {
         remember(ctx, &addr, port);
         return PASS;
     }
@@ -166,9 +165,9 @@ struct Who {
     policy: u64,
 }
 
-/// Asks the tables, and remembers what may be. Returns the verdict: of a function without a result,
-/// or whose result nobody uses, the compiler may leave an address of the stack in the register for
-/// it, which the verifier refuses.
+/// Asks the tables, and remembers what may be. Returns 0: of a function without a result, or whose
+/// result nobody uses, the compiler may leave an address of the stack in the register for it, which
+/// the verifier refuses.
 #[inline(never)]
 fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) -> u32 {
     // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
@@ -176,7 +175,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
     who.agent = identity::of_current(who.cgroup);
     let word = maps::word(who.agent);
     let Some(row) = maps::row(word) else {
-        return hide32(ruling.verdict.into());
+        return hide32(0);
     };
     who.policy = row.policy;
     let tables = Tables {
@@ -203,7 +202,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
     } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
         cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }
-    hide32(ruling.verdict.into())
+    hide32(0)
 }
 
 /// Reports what was not plainly allowed.

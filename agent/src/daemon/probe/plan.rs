@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use agent_ebpf::{
-    abi::{Addr, AgentRow, NEVER, Reason, Rule},
+    abi::{Addr, AgentRow, Reason, Rule},
     decide::{Attempt, Decision, Peer, decide, socket::may_create},
 };
 
@@ -85,7 +85,7 @@ impl<'a> Registry<'a> {
         Ok(rules
             .iter()
             .map(|rule| Rule {
-                deadline: rule.deadline.min(NEVER),
+                deadline: rule.deadline,
                 entry: rule.entry,
                 low: rule.low,
                 high: rule.high,
@@ -127,7 +127,7 @@ pub fn port(protocol: u8, port: u16) -> Option<PortSpec> {
 
 #[cfg(test)]
 mod tests {
-    use agent_ebpf::abi::Effect;
+    use agent_ebpf::abi::{Effect, NEVER};
 
     use super::*;
     use crate::policy::{Source, SourceKind, compile};

@@ -158,13 +158,11 @@ impl Core {
         };
         let refusal = Refusal::new(Code::Unavailable, "too many probes wait already");
         match refused {
-            Some(Work::Probe(Job { reply, .. })) => {
-                if let Some(reply) = reply {
-                    drop(reply.send(Err(refusal)));
-                }
-            }
+            Some(Work::Probe(Job {
+                reply: Some(reply), ..
+            })) => drop(reply.send(Err(refusal))),
             Some(Work::Ask(_, reply)) => drop(reply.send(Err(refusal))),
-            None => {}
+            Some(Work::Probe(Job { reply: None, .. })) | None => {}
         }
     }
 
