@@ -1,6 +1,7 @@
 //! The contract between the kernel programs and the daemon.
 
 mod addr;
+mod dns;
 mod event;
 mod key;
 mod limit;
@@ -8,6 +9,7 @@ mod row;
 mod word;
 
 pub use addr::Addr;
+pub use dns::*;
 pub use event::*;
 pub use key::*;
 pub use limit::*;
@@ -25,7 +27,7 @@ pub const ABI_VERSION: u32 = if cfg!(feature = "abi-next") {
 } else {
     CURRENT
 };
-const CURRENT: u32 = 2;
+const CURRENT: u32 = 3;
 
 /// Derives what crosses the kernel boundary, and proves it: no padding, any bit pattern valid.
 macro_rules! shared {
@@ -67,6 +69,7 @@ pub const FINGERPRINT: u64 = {
         size_of::<Rule>(),
         core::mem::offset_of!(Rule, entry),
         core::mem::offset_of!(Rule, effect),
+        core::mem::offset_of!(Rule, tail),
         size_of::<RuleSet>(),
         size_of::<AgentRow>(),
         core::mem::offset_of!(AgentRow, state),
@@ -83,6 +86,12 @@ pub const FINGERPRINT: u64 = {
         core::mem::offset_of!(Event, comm),
         size_of::<Question>(),
         size_of::<Answer>(),
+        size_of::<EndpointKey>(),
+        size_of::<Endpoint>(),
+        size_of::<Guardian>(),
+        size_of::<Asked>(),
+        size_of::<Asker>(),
+        core::mem::offset_of!(Asked, agent),
         REASONS,
         RULES_PER_SET,
     ];

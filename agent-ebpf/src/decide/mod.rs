@@ -18,12 +18,15 @@
 //! | 9 | egress, a served port and client, not a TCP opening  | allow, not cached                |
 //! | 10| loopback: mode any; or own, and the peer is the agent's (or gone, for the tail of a TCP connection) | allow, not cached |
 //! | 11| loopback otherwise                                   | deny `loopback_foreign`          |
-//! | 12| rule is allow, past its deadline                     | deny `expired`                   |
+//! | 12| rule is allow, past its deadline                     | deny `expired`, or `lease_expired` |
 //! | 13| the pseudo-agent                                     | deny `unregistered`              |
 //! | 14| otherwise                                            | deny `out_of_scope`              |
 //!
-//! Monitor mode turns `out_of_scope` and `denied` (and `unregistered`, of the pseudo-agent) into
-//! [`Decision::Monitor`]; nothing else.
+//! A lease lets an open TCP connection outlive it by its rule's `tail`; that is never cached, for
+//! the cache knows no flags.
+//!
+//! Monitor mode turns `out_of_scope`, `denied` and `lease_expired` (and `unregistered`, of the
+//! pseudo-agent) into [`Decision::Monitor`]; nothing else.
 
 pub mod packet;
 pub mod socket;
@@ -32,7 +35,7 @@ use crate::verifier::{hide, hide8, hide32, opaque};
 
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
-    NO_ENTRY, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    NO_ENTRY, RULE_LEASED, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -111,8 +114,12 @@ pub enum Decision {
 struct Found {
     deadline: u64,
     entry: u32,
+    /// See [`crate::abi::Rule::tail`].
+    tail: u32,
     /// An [`Effect`], or one of the constants below.
     effect: u8,
+    /// See [`crate::abi::Rule::flags`].
+    flags: u8,
 }
 
 const IPPROTO_TCP: u8 = 6;
@@ -152,7 +159,9 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     let mut found = Found {
         deadline: 0,
         entry: NO_ENTRY,
+        tail: 0,
         effect: NOTHING,
+        flags: 0,
     };
     let mut inner = attempt.addr;
     if embedded(&attempt.addr, &mut inner) != 0 {
@@ -178,6 +187,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     }
 
     let mut expired = NO_ENTRY;
+    let mut leased = 0;
     find(
         rules,
         row.policy,
@@ -208,6 +218,13 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
                 };
             }
             expired = found.entry;
+            leased = found.flags & RULE_LEASED;
+            if leased != 0
+                && goes_on(attempt)
+                && attempt.now - found.deadline < found.tail as u64 * 1_000_000_000
+            {
+                return now(found.entry);
+            }
         }
         (_, None) => return Decision::Fault(Cause::NoRuleSet),
     }
@@ -240,6 +257,9 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         return deny(Reason::LoopbackForeign);
     }
     if expired != NO_ENTRY {
+        if leased != 0 {
+            return lift(row, Reason::LeaseExpired, expired);
+        }
         return Decision::Deny {
             reason: Reason::Expired,
             entry: expired,
@@ -256,6 +276,12 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
 /// nobody listens, since nothing there is the agent's own.
 #[inline(always)]
 const fn is_tail(attempt: &Attempt) -> bool {
+    goes_on(attempt)
+}
+
+/// Whether an attempt is a packet of a TCP connection that was opened before.
+#[inline(always)]
+const fn goes_on(attempt: &Attempt) -> bool {
     matches!(attempt.hook, Hook::Egress)
         && attempt.protocol == IPPROTO_TCP
         && attempt.tcp_flags & (SYN | ACK) != SYN
@@ -316,6 +342,7 @@ const fn asked(class: u8, port: u16) -> u64 {
 #[inline(never)]
 fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
     let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
+    let (mut tail, mut flags) = (0, 0);
     if let Some(mut index) = rules.rule_set_for(space, addr) {
         effect = BROKEN;
         for _ in 0..SETS_PER_ADDRESS {
@@ -329,6 +356,7 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
                 let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
                 let rule = &set.rules[at];
                 (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
+                (tail, flags) = (rule.tail, rule.flags);
                 break;
             }
             if set.next == 0 {
@@ -341,6 +369,8 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
     found.effect = hide8(effect);
     found.entry = hide32(entry);
     found.deadline = hide(deadline);
+    found.tail = hide32(tail);
+    found.flags = hide8(flags);
 }
 
 /// One bit for each rule of a block that matches: at most one is set, and never that of an unused

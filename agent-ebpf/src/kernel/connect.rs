@@ -2,7 +2,7 @@
 //! exists; at egress a refused TCP opening would only hang.
 
 use agent_ebpf::{
-    abi::{Addr, Cause, Hook, UNREGISTERED, Verdict, Witness},
+    abi::{Addr, Cause, DNS_PORT, Hook, UNREGISTERED, Verdict, Witness},
     decide::Attempt,
     verifier::{hide_addr, hide8, hide16},
 };
@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache,
+    cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables},
@@ -72,6 +72,21 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         remember(ctx, &addr, port);
         emit::allowed(agent);
         return PASS;
+    }
+    if port == DNS_PORT {
+        let mut agent = UNREGISTERED;
+        match dns::turn(ctx, &addr, &mut agent) {
+            dns::ELSEWHERE => {}
+            dns::UNGUARDED => {
+                dns::report(&addr, agent, hook, protocol);
+                return REFUSE;
+            }
+            port => {
+                dns::redirect(ctx, &addr, hook, port);
+                emit::allowed(agent);
+                return PASS;
+            }
+        }
     }
     slowly(ctx, addr, port, protocol, hook, cgroup)
 }
@@ -156,6 +171,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
         },
     };
     rule(&tables, row, attempt, ruling);
+    dns::spare(ctx, row, attempt, ruling);
     if ruling.cacheable != 0 {
         let question = cache::Question {
             cgroup: who.cgroup,

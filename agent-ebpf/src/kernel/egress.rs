@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache,
+    cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables, skb_current},
@@ -148,6 +148,10 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64) -> i32 {
     let mut ruling = Ruling::fault(Cause::NoRow);
     let cause = read(ctx, &mut packet);
     if cause == 0 {
+        if dns::carries(ctx, &packet, &mut who.agent) != 0 {
+            emit::allowed(who.agent);
+            return PASS;
+        }
         judge(ctx, &packet, &mut who, &mut ruling);
     } else {
         ruling.cause = cause as u8;
@@ -196,6 +200,7 @@ fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Rulin
         source: &packet.source,
     };
     rule(&Tables { peer }, row, &attempt, ruling);
+    dns::spare_packet(ctx, row, &attempt, &packet.source, ruling);
 }
 
 /// Remembers an allow.

@@ -16,6 +16,7 @@ mod bind;
 mod cache;
 mod connect;
 mod create;
+mod dns;
 mod egress;
 mod emit;
 mod identity;

@@ -56,7 +56,7 @@ pub use mask::Mask;
 pub use ocsf::{Code, Host, LogName};
 pub use process::Processes;
 pub use record::{
-    Context, Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Subject, Violation,
+    Context, Dropped, Endpoint, EntryRef, Lookup, Lost, Parent, ProcessInfo, Subject, Violation,
 };
 pub use sums::{Sums, written_since};
 pub use tail::{Filter, Line, Tail};

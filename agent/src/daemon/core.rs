@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use agent_ebpf::abi::ABI_VERSION;
+use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::{
@@ -12,6 +13,8 @@ use super::{
     force::{self, Force, Stance},
     keeping::clocks_before,
     lock::RootLock,
+    lookups::Lookups,
+    names::{self, Names},
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -24,7 +27,8 @@ use crate::{
         written_since,
     },
     cgroup::{CgroupPath, Hierarchy, Selectors},
-    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
+    dns::server::Request,
+    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Image, Tuning, boot_nanos},
     policy::{self, UnixMillis},
     state::{Damage, Holds, Store},
 };
@@ -53,6 +57,8 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) names: Names,
+    pub(super) lookups: Lookups,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -73,7 +79,7 @@ pub fn hierarchy(settings: &Settings) -> Result<Hierarchy, DaemonError> {
 }
 
 /// How many maps entries to make room for.
-pub(super) fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
+pub(super) fn capacity(settings: &Settings, images: &[Image]) -> Capacity {
     let sized = Capacity::for_images(images);
     let limits = &settings.limits;
     let agents = limits.agents.unwrap_or(sized.agents);
@@ -87,7 +93,12 @@ pub(super) fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacit
             .map_or(sized.claims, |agents| agents.saturating_mul(4)),
         addresses: limits.addresses.unwrap_or(sized.addresses),
         prefixes: limits.prefixes.unwrap_or(sized.prefixes),
-        rule_sets: limits.rule_sets.unwrap_or(sized.rule_sets),
+        rule_sets: limits.rule_sets.unwrap_or(if images.iter().any(Image::uses_names) {
+            // Leases of different names share no rules.
+            sized.rule_sets.max(names::RULE_SETS)
+        } else {
+            sized.rule_sets
+        }),
     }
 }
 
@@ -100,7 +111,10 @@ pub(super) fn allowance(settings: &Settings) -> Allowance {
 
 impl Core {
     /// All of the start but the sockets. See the module `daemon` for the order.
-    pub fn start(settings: &Settings, options: &Options) -> Result<Self, DaemonError> {
+    pub fn start(
+        settings: &Settings,
+        options: &Options,
+    ) -> Result<(Self, mpsc::Receiver<Request>), DaemonError> {
         if settings.enforcement.containment == Containment::Require {
             return Err(DaemonError::Containment);
         }
@@ -109,8 +123,8 @@ impl Core {
         let loaded = store.load(wall_millis());
         let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
         let files = registry::read(&settings.paths);
-        let names = registry::names(settings);
-        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
+        let whether = registry::names(settings);
+        let compiled = policy::compile_on(&files.sources, wall_millis(), whether);
         let enforcement = &settings.enforcement;
         let force = force::start(
             &files,
@@ -119,7 +133,12 @@ impl Core {
             &loaded.holds,
             stance(settings),
         )?;
-        let images = force.images(&offset.clock());
+        let (guard, lookups) = Names::start(settings, offset);
+        let mut images = force.images(&offset.clock());
+        let mut uses_names = false;
+        for image in &mut images {
+            uses_names |= names::mark(&guard, &force, image);
+        }
 
         let tuning = Tuning {
             kernel_log: options.kernel_log,
@@ -139,6 +158,7 @@ impl Core {
         let mut enforcer =
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
         let adopted = enforcer.born_before_us();
+        enforcer.guard_names(uses_names)?;
         match enforcer.apply(&images) {
             Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
                 enforcer.outgrow(&images, larger(&enforcer, capacity))?;
@@ -194,6 +214,8 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            names: guard,
+            lookups: Lookups::default(),
             damage: loaded.damage,
         };
         for error in loaded.unwritten {
@@ -208,8 +230,9 @@ impl Core {
         if let Err(error) = core.enforcer.settle_in() {
             warn!(message = "The maps of before could not be removed yet.", %error);
         }
+        core.check_leases(loaded.registry.as_ref());
         core.self_test(None).map_err(DaemonError::SelfTest)?;
-        Ok(core)
+        Ok((core, lookups))
     }
 
     /// The hierarchy.
@@ -258,12 +281,14 @@ impl Core {
         self.keep();
         // What was in force before may have granted more.
         self.close_unreachable(None);
+        self.tend_endpoints(None);
     }
 
     /// Writes the end down. The fence stays.
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
+        self.settle_lookups();
         self.keep_clock();
         let revision = self.force.revision;
         self.decide(Decision::Stopped {
@@ -335,7 +360,7 @@ impl Core {
         self.decide(Decision::Succession(Succession {
             pid: std::process::id(),
             tables,
-            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            links: self.enforcer.links(),
             rewritten: differences.into_iter().map(|each| each.agent).collect(),
             revision: self.force.revision,
         }));
@@ -381,13 +406,17 @@ impl Core {
     /// Takes in records.
     pub fn drain(&mut self) {
         self.recorder.drain(&mut self.enforcer);
+        let unguarded = self.recorder.take_unguarded();
+        self.unguarded(&unguarded);
     }
 
     /// Once a second. Returns whether the tables were written anew.
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
+        self.settle_lookups();
         self.tend_trail();
         self.enforcer.sweep();
+        self.tend_names();
         if self.close_again {
             self.close_unreachable(None);
             self.close_again = false;
@@ -473,7 +502,7 @@ fn resume(recorder: &mut Recorder, enforcer: &Enforcer, violations: &std::path::
 /// Opens the embedded object for a fence of its own, as `remit run` without a daemon does.
 pub(super) fn open_alone(
     bpffs: &std::path::Path,
-    images: &[kernel::Image],
+    images: &[Image],
     events_per_second: u32,
 ) -> Result<Enforcer, DaemonError> {
     let tuning = Tuning {

@@ -11,6 +11,7 @@
 
 mod answers;
 mod attribution;
+mod carried;
 mod closing;
 mod core;
 mod detach;
@@ -21,6 +22,8 @@ pub mod force;
 mod keeping;
 mod lifecycle;
 mod lock;
+mod lookups;
+mod names;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -156,7 +159,7 @@ const SETTLE_EVERY: Duration = Duration::from_secs(1);
 async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> {
     let system = |what| move |source| DaemonError::System { what, source };
     let _lock = Lock::take(&settings.paths.run)?;
-    let mut core = Core::start(&settings, &options)?;
+    let (mut core, mut lookups) = Core::start(&settings, &options)?;
     if options.kernel_log > 0 {
         core.log_kernel();
     }
@@ -218,6 +221,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     selectors = Some(core.selectors());
                 }
             }
+            Some(request) = lookups.recv() => core.lookup(request),
             woken = ring.readable() => {
                 if let Ok(mut guard) = woken {
                     guard.clear_ready();

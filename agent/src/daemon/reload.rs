@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     audit::{Decision, Succession, Tables},
-    kernel::{self, ApplyError, Image},
+    kernel::{ApplyError, Image},
     policy,
 };
 
@@ -71,9 +71,14 @@ impl Core {
         .map_err(|unusable: Unusable| unusable.to_string())?;
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
-        let images = next.images(&self.offset.clock());
+        let images = self.images(&next);
+        if self.uses_names(&next) {
+            // Before any lookup is turned, so that its answer finds the way back.
+            self.guard_names(true);
+        }
         let changed = self.put_all(&images)?;
         self.force = next;
+        self.follow_names();
         self.expect_endings();
         let followed = self.follow(&changed);
         // All of them: what an agent that is gone has open is nobody's now.
@@ -94,8 +99,16 @@ impl Core {
     /// Puts these in force, in larger maps where those in use have no room.
     pub(super) fn put_all(&mut self, images: &[Image]) -> Result<Vec<String>, String> {
         let words = |error: anyhow::Error| format!("{error:#}");
+        let small = images.iter().any(Image::uses_names)
+            && self.enforcer.capacity().rule_sets < capacity(&self.settings, images).rule_sets;
         let full = match self.enforcer.apply(images) {
             Err(full @ ApplyError::Full { .. }) => full,
+            Ok(_) if small => ApplyError::Full {
+                map: "rulesets",
+                has: 0,
+                needs: 0,
+                limit: "rule_sets",
+            },
             applied => return applied.map_err(|error| words(error.into())),
         };
         let had = self.enforcer.capacity();
@@ -117,7 +130,7 @@ impl Core {
         self.decide(Decision::Succession(Succession {
             pid: std::process::id(),
             tables: Tables::Grown,
-            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            links: self.enforcer.links(),
             rewritten: Vec::new(),
             revision: self.force.revision,
         }));

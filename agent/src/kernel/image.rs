@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use agent_ebpf::abi::{AgentRow, Loopback, Mode, NEVER, Rule, State};
+use agent_ebpf::abi::{Addr, AgentRow, FLAG_NAMES, Loopback, Mode, NEVER, Rule, State};
 
 use crate::policy::tables::Prefix;
 
@@ -18,6 +18,12 @@ pub struct Image {
     pub reach: Vec<(Prefix, Vec<Rule>)>,
     /// Clients to answer.
     pub serve: Vec<(Prefix, Vec<Rule>)>,
+    /// Leases that shall be in force with it, if it has to be written: addresses, and all their
+    /// rules. They are no difference: leases come and go by themselves.
+    pub leases: Vec<(Addr, Vec<Rule>)>,
+    /// Whether it has to be written anew even where what is found is the same: the leases that are
+    /// in force are of other names.
+    pub fresh: bool,
 }
 
 /// Deadlines closer than this are the same, in nanoseconds. Each daemon relates wall-clock time
@@ -36,6 +42,11 @@ pub struct Found<'a> {
 }
 
 impl Image {
+    /// Whether its lookups are turned to the DNS guard.
+    pub fn uses_names(&self) -> bool {
+        self.row.flags & FLAG_NAMES != 0
+    }
+
     /// How `row` and `found` differ from this image, in words; nothing when they do not. The
     /// policy's number is not compared.
     pub fn differences<'a>(
@@ -44,6 +55,9 @@ impl Image {
         found: impl Iterator<Item = Found<'a>>,
     ) -> Vec<String> {
         let mut differences = Vec::new();
+        if self.fresh {
+            differences.push("its names are others".to_owned());
+        }
         if !same_row(row, &self.row) {
             differences.push(format!(
                 "its row says {}, not {}",
@@ -167,6 +181,8 @@ mod tests {
 
     fn image() -> Image {
         Image {
+            leases: Vec::new(),
+            fresh: false,
             id: "alpha".to_owned(),
             row: AgentRow {
                 deadline: 5_000_000_000,

@@ -6,8 +6,9 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters, FOLD_SLOTS, Fold, HOMES, Home, OWNERS, Owner,
-    Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    ASKERS, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters, Endpoint,
+    EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner, Question,
+    RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -66,6 +67,46 @@ pub const HOOKS: [Expected; 6] = [
     },
 ];
 
+/// The programs that turn lookups to the DNS guard, beside what connect and egress do. They are
+/// attached while some agent uses names.
+pub const DNS_HOOKS: [Expected; 6] = [
+    Expected {
+        program: "remit_sendmsg4",
+        hook: "cgroup/sendmsg4",
+        attach_type: 14,
+    },
+    Expected {
+        program: "remit_sendmsg6",
+        hook: "cgroup/sendmsg6",
+        attach_type: 15,
+    },
+    Expected {
+        program: "remit_recvmsg4",
+        hook: "cgroup/recvmsg4",
+        attach_type: 19,
+    },
+    Expected {
+        program: "remit_recvmsg6",
+        hook: "cgroup/recvmsg6",
+        attach_type: 20,
+    },
+    Expected {
+        program: "remit_peer4",
+        hook: "cgroup/getpeername4",
+        attach_type: 29,
+    },
+    Expected {
+        program: "remit_peer6",
+        hook: "cgroup/getpeername6",
+        attach_type: 30,
+    },
+];
+
+/// Every hook of a fence, the DNS guard's last.
+pub fn all_hooks() -> impl Iterator<Item = Expected> {
+    HOOKS.into_iter().chain(DNS_HOOKS)
+}
+
 /// The unattached program that answers questions.
 pub const JUDGE: &str = "remit_judge";
 
@@ -83,12 +124,21 @@ pub struct Shape {
 }
 
 /// The maps whose entries follow from the registry's size.
-const SIZED: [&str; 9] = [
-    "claims", "agents", "names", "rows", "exacts", "prefixes", "rulesets", "counters", "budgets",
+const SIZED: [&str; 10] = [
+    "claims",
+    "agents",
+    "names",
+    "rows",
+    "exacts",
+    "prefixes",
+    "rulesets",
+    "counters",
+    "budgets",
+    "endpoints",
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 23] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -97,8 +147,16 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
         entries: Some(entries),
         is_sized: SIZED.contains(&name),
     };
+    let storage = |name, value| Shape {
+        name,
+        kind: MapType::SkStorage,
+        key: 4,
+        value,
+        entries: None,
+        is_sized: false,
+    };
     let scope = size_of::<ScopeKey>();
-    use MapType::{Array, Hash, LpmTrie, PerCpuArray, RingBuf, SkStorage};
+    use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf};
     [
         map("claims", Hash, 8, 4, capacity.claims),
         map("epoch", Array, 4, 8, 1),
@@ -132,14 +190,17 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 19] {
             capacity.agents,
         ),
         map("owners", Array, 4, size_of::<Owner>(), OWNERS),
-        Shape {
-            name: "tags",
-            kind: SkStorage,
-            key: 4,
-            value: size_of::<Tag>(),
-            entries: None,
-            is_sized: false,
-        },
+        storage("tags", size_of::<Tag>()),
+        map(
+            "endpoints",
+            Hash,
+            size_of::<EndpointKey>(),
+            size_of::<Endpoint>(),
+            capacity.claims,
+        ),
+        storage("guards", size_of::<Guardian>()),
+        storage("asked", size_of::<Asked>()),
+        map("askers", LruHash, size_of::<Asker>(), size_of::<Asked>(), ASKERS),
         map("wakes", PerCpuArray, 4, 8, 1),
         map("events", RingBuf, 0, 0, RING_BYTES),
         map("question", Array, 4, size_of::<Question>(), 1),
@@ -250,7 +311,7 @@ pub fn load(
             })?;
         check(shape, &info)?;
     }
-    for expected in &HOOKS {
+    for expected in all_hooks() {
         load_program(&mut ebpf, expected.program)?;
     }
     load_program(&mut ebpf, JUDGE)?;

@@ -6,6 +6,7 @@
 
 mod event;
 mod kernel;
+mod lookup;
 #[cfg(test)]
 pub(super) mod tests;
 mod words;
@@ -14,7 +15,7 @@ use std::net::IpAddr;
 
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 
-pub use self::kernel::Context;
+pub use self::{kernel::Context, lookup::Lookup};
 use super::text::{NAME_BYTES, clean, until_nul};
 use crate::policy::tables::{AgentTables, Entry, UnixMillis};
 

@@ -10,7 +10,7 @@ use agent_ebpf::abi::{
 };
 use aya::maps::{MapError, lpm_trie::Key};
 
-use super::{Installed, Place, Tables, UNREGISTERED_ID, name_bytes};
+use super::{Installed, Leased, Place, Tables, UNREGISTERED_ID, leases, name_bytes};
 
 /// Policies and generations that a daemon gives out stay far below these; a number above was
 /// written by somebody else, and counting on from there would overflow.
@@ -74,6 +74,7 @@ impl Tables {
                 row: None,
                 content: AgentRow::zeroed(),
                 entries: Vec::new(),
+                leases: HashMap::new(),
             };
             if at < self.rows.len() {
                 installed.content = self.rows.get(&at, 0)?;
@@ -101,17 +102,30 @@ impl Tables {
                 self.next_policy = self.next_policy.max(place.policy() + 1);
             }
             let owner = place.prefix().and_then(|_| owners.get(&place.policy()));
-            let Some(installed) = owner.and_then(|agent| self.in_force.get_mut(agent)) else {
+            let Some(installed) = owner.and_then(|agent| self.in_force.get(agent)) else {
                 self.delete(place)?;
                 continue;
             };
-            installed.entries.push((place, set));
+            let agent = installed.content.policy;
             self.count(place, 1);
             if !self.sets.holds(set) {
                 let chain = self.read_chain(set)?;
                 self.sets.adopt(set, &chain, &mut owned);
             }
             self.sets.uses(set);
+            let is_leased = self.sets.rules(set).is_some_and(leases::is_leased);
+            let Some(installed) = owners
+                .get(&agent)
+                .and_then(|agent| self.in_force.get_mut(agent))
+            else {
+                continue;
+            };
+            if is_leased && place.bits.is_none() && place.key.space & SERVE == 0 {
+                let held = Leased { set, base: None };
+                installed.leases.insert(place, held);
+            } else {
+                installed.entries.push((place, set));
+            }
         }
         self.sets.adopted(&owned);
         Ok(())

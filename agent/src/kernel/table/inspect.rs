@@ -48,7 +48,7 @@ impl Tables {
         let places: usize = self
             .in_force
             .values()
-            .map(|installed| 3 + installed.entries.len())
+            .map(|installed| 3 + installed.places().count())
             .sum();
         places + self.attributed.len()
     }
@@ -72,8 +72,8 @@ impl Tables {
     pub(super) fn users_of_chains(&self) -> HashMap<u32, Vec<u32>> {
         let mut users: HashMap<u32, Vec<u32>> = HashMap::new();
         for (agent, installed) in &self.in_force {
-            for (_, set) in &installed.entries {
-                let of = users.entry(*set).or_default();
+            for (_, set) in installed.places() {
+                let of = users.entry(set).or_default();
                 if of.last() != Some(agent) {
                     of.push(*agent);
                 }
@@ -192,8 +192,8 @@ impl Report<'_> {
         let all: Vec<(Option<u32>, &Installed)> = retired.chain(in_force).collect();
         for (agent, installed) in all {
             policies.extend(agent.map(|agent| (installed.content.policy, agent)));
-            for (place, set) in &installed.entries {
-                wanted.insert(*place, (*set, agent));
+            for (place, set) in installed.places() {
+                wanted.insert(place, (set, agent));
             }
         }
         for (place, set) in found {

@@ -5,6 +5,7 @@
 mod adopt;
 mod claims;
 mod inspect;
+mod leases;
 mod repair;
 
 use std::{
@@ -52,6 +53,17 @@ struct Installed {
     content: AgentRow,
     /// Keys, and the rule sets behind them.
     entries: Vec<(Place, u32)>,
+    /// Exact addresses with leases, which stand before those of `entries`.
+    leases: HashMap<Place, Leased>,
+}
+
+/// The rules of an address with leases worked in.
+#[derive(Clone, Copy, Debug)]
+struct Leased {
+    /// The rule set in force there.
+    set: u32,
+    /// The one of `entries` for the same key, if there is one.
+    base: Option<u32>,
 }
 
 /// How an adopted agent's state in the kernel differed from the registry.
@@ -78,6 +90,8 @@ pub struct Tables {
     ids: BTreeMap<u32, String>,
     in_force: BTreeMap<u32, Installed>,
     retired: Vec<(Instant, Installed)>,
+    /// Rule sets that leases pointed to.
+    retired_sets: Vec<(Instant, u32)>,
     attributed: HashMap<u64, u32>,
     epoch_now: u64,
     sets: RuleSets,
@@ -192,6 +206,7 @@ impl Tables {
             ids: BTreeMap::new(),
             in_force: BTreeMap::new(),
             retired: Vec::new(),
+            retired_sets: Vec::new(),
             attributed: HashMap::new(),
             epoch_now: 0,
             sets: RuleSets::new(capacity.rule_sets),
@@ -213,6 +228,11 @@ impl Tables {
     /// The index that stands for an agent in the kernel, if it has one.
     pub fn index_of(&self, id: &str) -> Option<u32> {
         self.index.get(id).copied()
+    }
+
+    /// The agent that an index stands for.
+    pub fn id_of(&self, index: u32) -> Option<&str> {
+        self.ids.get(&index).map(String::as_str)
     }
 
     /// All agents that have an index.
@@ -431,11 +451,13 @@ impl Tables {
             row: Some(row),
             content,
             entries: Vec::new(),
+            leases: HashMap::new(),
         };
         // After an error it may point there or not, so the new row is not given out again.
         put("agents", &mut self.agents, index, word)?;
         if let Some(mut old) = self.in_force.remove(&index) {
             installed.entries = std::mem::take(&mut old.entries);
+            installed.leases = std::mem::take(&mut old.leases);
             self.retired.push((Instant::now(), old));
         }
         self.in_force.insert(index, installed);
@@ -506,6 +528,7 @@ impl Tables {
                 ..image.row
             },
             entries: Vec::new(),
+            leases: HashMap::new(),
         };
         if let Err(error) = self.stage_into(image, &mut installed) {
             self.remove(installed);
@@ -527,6 +550,7 @@ impl Tables {
                 self.insert(place, set)?;
             }
         }
+        self.stage_leases(image, installed)?;
         let row = self.take_row()?;
         installed.row = Some(row);
         installed.word = self.next_word << ROW_INDEX_BITS | u64::from(row);
@@ -617,11 +641,21 @@ impl Tables {
 
     /// Removes what nothing points to.
     fn remove(&mut self, installed: Installed) {
-        for (place, set) in installed.entries {
+        let only_leased = installed.leases.iter().filter(|(_, held)| held.base.is_none());
+        let places: Vec<Place> = installed
+            .entries
+            .iter()
+            .map(|(place, _)| *place)
+            .chain(only_leased.map(|(place, _)| *place))
+            .collect();
+        for place in places {
             if let Err(error) = self.delete(place) {
                 tracing::warn!(message = "Stale scope entry could not be removed.", %error);
             }
             self.count(place, -1);
+        }
+        let leased = installed.leases.values().map(|held| held.set);
+        for set in installed.entries.iter().map(|(_, set)| *set).chain(leased) {
             self.sets.release(set);
         }
         self.free_rows.extend(installed.row);
@@ -636,6 +670,22 @@ impl Tables {
         for (_, installed) in old {
             self.remove(installed);
         }
+        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.retired_sets)
+            .into_iter()
+            .partition(|(at, _)| now.duration_since(*at) > GRACE);
+        self.retired_sets = young;
+        for (_, set) in old {
+            self.sets.release(set);
+        }
+    }
+}
+
+impl Installed {
+    /// Every key in the kernel, and the rule set behind it.
+    fn places(&self) -> impl Iterator<Item = (Place, u32)> {
+        let base = self.entries.iter().copied();
+        let unleased = base.filter(|(place, _)| !self.leases.contains_key(place));
+        unleased.chain(self.leases.iter().map(|(place, held)| (*place, held.set)))
     }
 }
 
