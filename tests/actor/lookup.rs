@@ -29,6 +29,8 @@ pub const A: u16 = 1;
 pub const AAAA: u16 = 28;
 /// A record type.
 pub const TXT: u16 = 16;
+/// A record type.
+pub const ANY: u16 = 255;
 
 /// A question: id 0x1234, recursion wanted, EDNS with 1232 octets so that reasons come back.
 pub fn question(name: &str, kind: u16) -> Vec<u8> {

@@ -13,6 +13,8 @@ use crate::{
     support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect},
 };
 
+mod lease;
+mod life;
 mod turn;
 pub mod zone;
 
@@ -20,7 +22,8 @@ use zone::{Spec, Zone};
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    [turn::cases()].into_iter().flatten().collect()
+    [turn::cases(), lease::cases(), life::cases()]
+        .into_iter().flatten().collect()
 }
 
 /// A resolver as agents name it: nobody listens there.

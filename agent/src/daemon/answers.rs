@@ -204,13 +204,10 @@ impl Core {
         guards.push(match (self.settings.dns.enabled, named) {
             (false, _) => host_wide("dns", "dns", GuardState::Off, "turned off by the settings"),
             (true, false) => host_wide("dns", "dns", GuardState::Off, "no entry uses a name"),
-            (true, true) => host_wide(
-                "dns",
-                "dns",
-                GuardState::Absent,
-                "this build does not turn lookups to the DNS guard yet: no name resolves, and what \
-                 names would lead to is refused",
-            ),
+            (true, true) => {
+                let (state, evidence) = self.dns_guard();
+                host_wide("dns", "dns", state, &evidence)
+            }
         });
         guards
     }
@@ -241,6 +238,7 @@ impl Core {
         status.processes = processes;
         status.finding = agent.kept.clone();
         status.hold = held(agent);
+        (status.leases, status.leased) = self.leases_of(id, index);
         Some(status)
     }
 
@@ -290,6 +288,8 @@ impl Core {
             last_violation: self.recorder.last(id).cloned(),
             finding: None,
             hold: None,
+            leases: Vec::new(),
+            leased: 0,
         }
     }
 
@@ -341,6 +341,7 @@ impl Core {
                 ..abi::Question::zeroed()
             })
             .map_err(|error| Refusal::new(Code::Internal, error.to_string()))?;
+        let question_addr = question.addr;
         let verdict = match said.verdict {
             1 => Answer::Allowed,
             2 => Answer::Monitored,
@@ -364,6 +365,7 @@ impl Core {
             source: Source::Kernel,
             hash: tables.hash.clone(),
             revision,
+            lease: self.lease_at(index, question_addr, said.entry),
             note: (said.cause != 0).then(|| {
                 abi::Cause::from_byte(said.cause).map_or_else(
                     || "unknown cause".to_owned(),

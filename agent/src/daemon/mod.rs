@@ -20,6 +20,7 @@ mod evidence;
 mod files;
 pub mod force;
 mod keeping;
+mod leased;
 mod lifecycle;
 mod lock;
 mod lookups;

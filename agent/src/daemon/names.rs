@@ -80,6 +80,8 @@ pub struct Names {
     whose: HashMap<u64, u32>,
     looked: Option<Instant>,
     swept: Option<Instant>,
+    /// Boot time up to which connections of leases that are over were ended.
+    ended: u64,
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -144,6 +146,7 @@ impl Names {
             whose: HashMap::new(),
             looked: None,
             swept: None,
+            ended: boot_nanos(),
         };
         (names, receiver)
     }
@@ -331,7 +334,7 @@ impl Core {
     }
 
     /// The agents that use names, with their indices.
-    fn named(&self) -> Vec<(u32, String)> {
+    pub(super) fn named(&self) -> Vec<(u32, String)> {
         let named = self
             .force
             .agents
@@ -427,9 +430,21 @@ impl Core {
         self.tend_endpoints(Some(agents));
     }
 
+    /// Ends connections that have outlived their leases for as long as they may: the kernel refuses
+    /// their packets from now on.
+    fn end_leased(&mut self) {
+        let now = boot_nanos();
+        let since = std::mem::replace(&mut self.names.ended, now);
+        let agents = self.enforcer.leases_over(since, now);
+        if !agents.is_empty() {
+            self.close_unreachable(Some(&agents));
+        }
+    }
+
     /// Once a second.
     pub(super) fn tend_names(&mut self) {
         self.tend_endpoints(None);
+        self.end_leased();
         let due = |at: Instant| at.elapsed() >= Duration::from_secs(5);
         if self.names.swept.is_none_or(due) {
             self.names.swept = Some(Instant::now());

@@ -278,6 +278,16 @@ impl Fence {
         self.links.iter().map(|held| held.expected.program)
     }
 
+    /// Whether the DNS guard's hooks are there, and the kernel runs them.
+    pub fn turns_lookups(&self) -> bool {
+        let guards = self.guards();
+        super::DNS_HOOKS.iter().all(|hook| {
+            guards
+                .iter()
+                .any(|guard| guard.hook == hook.hook && guard.listed && guard.link.is_some())
+        })
+    }
+
     /// Where the links are pinned.
     pub(super) fn pins(&self) -> &Path {
         &self.pins

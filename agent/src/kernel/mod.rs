@@ -455,6 +455,21 @@ impl Enforcer {
         self.tables.leases()
     }
 
+    /// The leases of one agent in the kernel: address, all its rules.
+    pub fn leases_of(&self, agent: u32) -> Vec<(Addr, Vec<Rule>)> {
+        self.tables.leases_of(agent)
+    }
+
+    /// All rules of an address at which an agent has a lease, also one that has ended.
+    pub fn leased_at(&self, agent: u32, addr: Addr) -> Option<Vec<Rule>> {
+        self.tables.leased_at(agent, addr)
+    }
+
+    /// The agents with a lease that was over between these boot times, open connections included.
+    pub fn leases_over(&self, since: u64, now: u64) -> Vec<u32> {
+        self.tables.leases_over(since, now)
+    }
+
     /// Removes leases that ended longer than `kept` ago and that no connection goes on with: until
     /// then they say why an address is refused.
     pub fn drop_leases(&mut self, now: u64, kept: u64) {

@@ -157,6 +157,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                     hash: "sha256:00".to_owned(),
                     revision: 7,
                     note: None,
+                    lease: None,
                 };
                 answer(reply, Ok(explain));
             }
@@ -234,6 +235,8 @@ pub fn status(posture: Posture) -> Status {
             }),
             finding: None,
             hold: None,
+            leases: Vec::new(),
+            leased: 0,
         }],
         findings: Vec::new(),
         registry: Registry {
@@ -282,6 +285,8 @@ fn agent() -> Agent {
         }],
         finding: None,
         hold: None,
+        leases: Vec::new(),
+        leased: 0,
     }
 }
 

@@ -125,6 +125,21 @@ impl Tables {
         each.collect()
     }
 
+    /// The leases of one agent.
+    pub fn leases_of(&self, agent: u32) -> Vec<(Addr, Vec<Rule>)> {
+        let installed = self.in_force.get(&agent);
+        installed.map_or_else(Vec::new, |installed| self.leased_in(installed))
+    }
+
+    /// All rules of an address with a lease of this agent.
+    pub fn leased_at(&self, agent: u32, addr: Addr) -> Option<Vec<Rule>> {
+        let installed = self.in_force.get(&agent)?;
+        let held = installed
+            .leases
+            .get(&place(installed.content.policy, addr))?;
+        self.sets.rules(held.set).map(<[Rule]>::to_vec)
+    }
+
     /// The leases of a policy.
     pub(super) fn leased_in(&self, installed: &Installed) -> Vec<(Addr, Vec<Rule>)> {
         let each = installed.leases.iter().filter_map(|(at, held)| {
@@ -132,6 +147,20 @@ impl Tables {
             Some((at.key.addr, rules.to_vec()))
         });
         each.collect()
+    }
+
+    /// The agents with a lease that was over after `since`, up to `now`.
+    pub fn leases_over(&self, since: u64, now: u64) -> Vec<u32> {
+        let is_over = |held: &Leased| {
+            let rules = self.sets.rules(held.set).unwrap_or_default();
+            let over = over(rules);
+            since < over && over <= now
+        };
+        let agents = self.in_force.iter();
+        agents
+            .filter(|(_, installed)| installed.leases.values().any(is_over))
+            .map(|(agent, _)| *agent)
+            .collect()
     }
 
     /// Removes leases that were over `kept` before `now`.
