@@ -2,7 +2,7 @@
 //! of questions and answers are written and read here by hand, as little as it takes.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _},
     time::Duration,
 };
 
@@ -229,6 +229,20 @@ pub fn rate(via: SocketAddr, name: &str, time: Duration) -> nix::Result<Reply> {
     Ok(Reply {
         value: i64::try_from(times.len()).unwrap_or(i64::MAX),
         data: format!("{} {}", at(50), at(99)).into_bytes(),
+        ..Reply::default()
+    })
+}
+
+/// The first address that the C library (musl, in this binary) finds for a host.
+pub fn by_libc(host: &str) -> nix::Result<Reply> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the resolver that is tested, in an agent's place"
+    )]
+    let found = (host, 0).to_socket_addrs();
+    let first = found.ok().and_then(|mut found| found.next());
+    Ok(Reply {
+        addr: Some(first.ok_or(Errno::ENOENT)?),
         ..Reply::default()
     })
 }

@@ -99,6 +99,8 @@ pub enum Op {
         name: String,
         millis: u64,
     },
+    /// Asks the C library for a host's address.
+    GetAddrInfo { host: String },
     /// Where it is bound.
     LocalAddr { id: usize },
     /// Sends a frame on a packet socket, out of a device.
@@ -269,6 +271,7 @@ impl Actor {
             Op::LookupRate { via, name, millis } => {
                 lookup::rate(*via, name, Duration::from_millis(*millis))
             }
+            Op::GetAddrInfo { host } => lookup::by_libc(host),
             Op::LocalAddr { id } => Ok(Reply {
                 addr: Some(self.socket(*id)?.local_addr()?),
                 ..Reply::default()

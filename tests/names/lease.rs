@@ -120,7 +120,7 @@ fn open_tcp_outlives_it_for_so_long(fx: &mut Fixture) -> Result<()> {
     })?;
     let mut heard = [0; PAYLOAD.len()];
     stream.read_exact(&mut heard)?;
-    expect("what came of it", &heard, PAYLOAD)?;
+    expect("what came of it", heard.as_slice(), PAYLOAD)?;
     let over = Instant::now();
     // New ones are refused meanwhile.
     let new = actor.must(&Op::Socket {

@@ -13,8 +13,11 @@ use crate::{
     support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect},
 };
 
+mod clients;
+mod hostile;
 mod lease;
 mod life;
+mod many;
 mod turn;
 pub mod zone;
 
@@ -22,8 +25,15 @@ use zone::{Spec, Zone};
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    [turn::cases(), lease::cases(), life::cases()]
-        .into_iter().flatten().collect()
+    [
+        turn::cases(),
+        lease::cases(),
+        life::cases(),
+        hostile::cases(),
+        many::cases(),
+        clients::cases(),
+    ]
+    .into_iter().flatten().collect()
 }
 
 /// A resolver as agents name it: nobody listens there.

@@ -28,6 +28,8 @@ pub struct Spec {
     pub numbered: BTreeMap<String, Ipv4Addr>,
     /// Names whose answer over UDP is cut.
     pub cut: Vec<String>,
+    /// A port at which every connection is taken, on all addresses.
+    pub accept: Option<u16>,
     /// Time to live of all of it, in seconds.
     pub ttl: u32,
 }
@@ -72,6 +74,12 @@ impl Spec {
     /// A name whose answer is cut over UDP.
     pub fn cut(mut self, name: &str) -> Self {
         self.cut.push(name.to_owned());
+        self
+    }
+
+    /// A port at which every connection is taken.
+    pub fn accept(mut self, port: u16) -> Self {
+        self.accept = Some(port);
         self
     }
 
@@ -227,6 +235,10 @@ pub fn serve(spec: &str) -> Result<ExitCode> {
             }
         }
     });
+    if let Some(port) = spec.accept {
+        let sink = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
+        thread::spawn(move || sink.incoming().for_each(drop));
+    }
     let (known, log) = (spec, Arc::clone(&heard));
     thread::spawn(move || {
         for stream in tcp.incoming().flatten() {
