@@ -174,7 +174,7 @@ impl Core {
             agent,
             report: report.clone(),
             client: *client,
-            asked: noted.asked,
+            asked: noted,
         };
         if self.lookups.take(&refused) && !self.recorder.write_lookup(boot_nanos(), &refused, 1) {
             self.lookups.add_over(refused, 1);

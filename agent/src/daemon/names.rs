@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Addr, Endpoint as Place, FLAG_NAMES, Noted, Rule};
+use agent_ebpf::abi::{Addr, Endpoint as Place, FLAG_NAMES, Asked, Rule};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -226,7 +226,7 @@ impl Names {
     }
 
     /// Whose socket a question came from, as egress has noted it.
-    pub fn noted(&self, enforcer: &Enforcer, client: &Client) -> Option<(u32, Noted)> {
+    pub fn noted(&self, enforcer: &Enforcer, client: &Client) -> Option<(u32, Asked)> {
         let agent = *self.whose.get(&client.endpoint.0)?;
         let protocol = match client.transport {
             Transport::Udp => IPPROTO_UDP,
@@ -239,8 +239,7 @@ impl Names {
             protocol,
         )?;
         let fresh = boot_nanos().saturating_sub(noted.time) < NOTE;
-        let asked = &noted.asked;
-        (fresh && asked.agent == agent && asked.endpoint == client.endpoint.0)
+        (fresh && noted.agent == agent && noted.endpoint == client.endpoint.0)
             .then_some((agent, noted))
     }
 }

@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
-use agent_ebpf::abi::{Addr, Asker, Endpoint, EndpointKey, Guardian, Noted};
+use agent_ebpf::abi::{Addr, Asker, Endpoint, EndpointKey, Guardian, Asked};
 use aya::{
     Ebpf,
     maps::{HashMap as KernelHash, MapData},
@@ -24,7 +24,7 @@ use super::{
 /// The endpoints in force.
 pub struct Endpoints {
     map: KernelHash<MapData, EndpointKey, Endpoint>,
-    askers: KernelHash<MapData, Asker, Noted>,
+    askers: KernelHash<MapData, Asker, Asked>,
     guards: OwnedFd,
     held: BTreeMap<(u32, u64), Endpoint>,
 }
@@ -143,7 +143,7 @@ impl Endpoints {
     }
 
     /// Whose socket the last packet to `endpoint` came from that was sent from this address.
-    pub fn asker(&self, endpoint: u64, from: IpAddr, port: u16, protocol: u8) -> Option<Noted> {
+    pub fn asker(&self, endpoint: u64, from: IpAddr, port: u16, protocol: u8) -> Option<Asked> {
         let asker = Asker {
             endpoint,
             addr: Addr::from(from),

@@ -29,7 +29,7 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    ABI_VERSION, Addr, Answer, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold, LAYOUT_QUESTION, Noted, Question, Rule,
+    ABI_VERSION, Addr, Answer, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold, LAYOUT_QUESTION, Asked, Question, Rule,
 };
 use aya::{
     Ebpf,
@@ -384,7 +384,7 @@ impl Enforcer {
 
     /// Whose socket the last packet to an endpoint of the DNS guard came from that was sent from
     /// this address.
-    pub fn asker(&self, endpoint: u64, from: IpAddr, port: u16, protocol: u8) -> Option<Noted> {
+    pub fn asker(&self, endpoint: u64, from: IpAddr, port: u16, protocol: u8) -> Option<Asked> {
         self.endpoints.asker(endpoint, from, port, protocol)
     }
 
