@@ -15,8 +15,8 @@ use std::{
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 use remit::audit::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Code, Damaged, Decided, Decision,
-    Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lost, Mending,
-    Parent, ProcessInfo, Refenced, Subject, Succession, Tables, Violation,
+    Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lookup, Lost,
+    Mending, Parent, ProcessInfo, Refenced, Subject, Succession, Tables, Violation,
     encode::{ecs, ocsf18},
     human,
     trail::{
@@ -110,6 +110,48 @@ fn monitored() -> Violation {
     }
 }
 
+fn refused() -> Lookup {
+    Lookup {
+        time: 1_795_544_573_000,
+        agent: agent(),
+        verdict: Verdict::Denied,
+        reason: Reason::NameNotInScope,
+        name: "paste.example.net".to_owned(),
+        kind: "A".to_owned(),
+        why: "name",
+        text: "agent billing-recon may not resolve paste.example.net; ask alice@example.com"
+            .to_owned(),
+        resolver: endpoint([192, 0, 2, 53], Some(53)),
+        src: Endpoint {
+            ip: [127, 0, 0, 1].into(),
+            port: Some(48_122),
+        },
+        protocol: 17,
+        process: denied().process,
+        cgroup_id: 7_421,
+        cgroup: denied().cgroup,
+        entry: None,
+        revision: 12,
+        count: 3,
+    }
+}
+
+fn looked_up() -> Lookup {
+    Lookup {
+        verdict: Verdict::Monitored,
+        reason: Reason::Denied,
+        protocol: 6,
+        entry: Some(EntryRef {
+            name: "scope.deny[0]".to_owned(),
+            text: "*.example.net any".to_owned(),
+            file: "/etc/remit/agents.d/billing-recon.toml".to_owned(),
+            line: 31,
+        }),
+        count: 1,
+        ..refused()
+    }
+}
+
 fn dropped() -> Dropped {
     Dropped {
         time: 1_795_544_575_000,
@@ -191,6 +233,8 @@ fn example(code: Code) -> Value {
         Code::Denied => denied().to_ocsf(&host(), 48_213),
         Code::Monitored => monitored().to_ocsf(&host(), 48_214),
         Code::Dropped => dropped().to_ocsf(&host(), 48_215),
+        Code::LookupRefused => refused().to_ocsf(&host(), 48_216),
+        Code::LookupMonitored => looked_up().to_ocsf(&host(), 48_217),
         Code::RegistryLoaded => decided(Decision::Loaded {
             revision: 12,
             agents: 41,
@@ -610,6 +654,7 @@ names = {
     2004: "detection_finding",
     3004: "entity_management",
     4001: "network_activity",
+    4003: "dns_activity",
     5019: "device_config_state_change",
     6002: "application_lifecycle",
 }
@@ -745,6 +790,7 @@ fn captions_agree_with_their_ids() {
         (3004, 13, "Resume"),
         (4001, 1, "Open"),
         (4001, 5, "Refuse"),
+        (4003, 1, "Query"),
         (5019, 1, "Log"),
         (6002, 3, "Start"),
         (6002, 4, "Stop"),
@@ -757,6 +803,7 @@ fn captions_agree_with_their_ids() {
         (2004, "Detection Finding", 2, "Findings"),
         (3004, "Entity Management", 3, "Identity & Access Management"),
         (4001, "Network Activity", 4, "Network Activity"),
+        (4003, "DNS Activity", 4, "Network Activity"),
         (5019, "Device Config State Change", 5, "Discovery"),
         (6002, "Application Lifecycle", 6, "Application Activity"),
     ];
@@ -792,7 +839,11 @@ fn captions_agree_with_their_ids() {
 
 #[test]
 fn what_the_contract_promises_is_always_there() {
-    for event in variants().iter().filter(|event| event["class_uid"] == 4001) {
+    let told = variants();
+    let told = told
+        .iter()
+        .filter(|event| event["class_uid"] == 4001 || event["class_uid"] == 4003);
+    for event in told {
         for pointer in [
             "/time",
             "/metadata/sequence",

@@ -285,8 +285,6 @@ fn agent() -> Agent {
         }],
         finding: None,
         hold: None,
-        leases: Vec::new(),
-        leased: 0,
     }
 }
 

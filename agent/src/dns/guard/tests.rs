@@ -434,7 +434,7 @@ fn a_thousand_addresses_lease_as_many_as_the_bound() {
         report.text
     );
     assert!(
-        report.text.ends_with("the first ends in 61 s"),
+        report.text.ends_with("the first ends in 62 s"),
         "{}",
         report.text
     );
