@@ -1,11 +1,13 @@
 //! The guard through the daemon's life: other network namespaces, a daemon that is gone, one that
 //! takes over, an agent that is suspended or gets names later.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 
 use anyhow::{Context as _, Result};
 
-use super::{RESOLVER_V4, RESOLVER_V6, Spec, Zone, ask, guarded, lookup, resolve};
+use super::{
+    RESOLVER_V4, RESOLVER_V6, Spec, Zone, ask, guarded, hostile::endpoints, lookup, resolve,
+};
 use crate::{
     actor::{
         Op,
@@ -75,7 +77,18 @@ fn a_daemon_that_is_gone_is_told_at_once(fx: &mut Fixture) -> Result<()> {
     let mut actor = fx.actor("alpha")?;
     let to: SocketAddr = ADDR.parse()?;
     expect("code", resolve(&mut actor, NAME)?.code, 0)?;
+    let ports = endpoints(fx.daemon.pid()?)?;
     fx.daemon.kill()?;
+    // Somebody takes the guard's place, and gets nothing.
+    let stand_ins = ports
+        .iter()
+        .map(|port| {
+            let socket = UdpSocket::bind(("127.0.0.1", *port))?;
+            socket.set_nonblocking(true)?;
+            Ok((socket, TcpListener::bind(("127.0.0.1", *port))?))
+        })
+        .collect::<std::io::Result<Vec<_>>>()?;
+    claim(!stand_ins.is_empty(), || "no endpoint was found".to_owned())?;
     fx.wire.drain()?;
     for manner in [Manner::Unconnected, Manner::Connected, Manner::Tcp] {
         for (domain, via) in [
@@ -96,6 +109,11 @@ fn a_daemon_that_is_gone_is_told_at_once(fx: &mut Fixture) -> Result<()> {
         }
     }
     fx.arrives(&mut actor, Way::Tcp, Family::V4, to)?;
+    for (socket, _) in &stand_ins {
+        let heard = socket.recv(&mut [0; 512]);
+        claim(heard.is_err(), || format!("a stand-in heard {heard:?}"))?;
+    }
+    drop(stand_ins);
     fx.daemon.restart()?;
     // What was leased before is not known by name, and stands.
     fx.arrives(&mut actor, Way::Tcp, Family::V4, to)?;

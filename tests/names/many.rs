@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::{RESOLVER_V4, Spec, Zone, guarded};
+use super::{RESOLVER_V4, Spec, Zone, guarded, once};
 use crate::{
     actor::Op,
     harness::Case,
@@ -115,10 +115,10 @@ fn costs(ctx: &Ctx) -> Result<()> {
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    let mut many = Case::new("names::many_names_are_reached_at_once", |ctx| many_names(ctx));
+    let mut many = once("many_names_are_reached_at_once", |ctx| many_names(ctx));
     many.deadline = Duration::from_secs(120);
     vec![
         many,
-        Case::new("names::what_a_lookup_costs", |ctx| costs(ctx)),
+        once("what_a_lookup_costs", |ctx| costs(ctx)),
     ]
 }

@@ -9,8 +9,8 @@ use crate::{
         Op, Reply,
         lookup::{A, Manner, Said, question, read},
     },
-    harness::Case,
-    support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect},
+    harness::{Case, Outcome},
+    support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect, scale},
 };
 
 mod clients;
@@ -34,6 +34,17 @@ pub fn cases() -> Vec<Case> {
         clients::cases(),
     ]
     .into_iter().flatten().collect()
+}
+
+/// A case that shows the same on every kernel: in an emulated machine it only takes long.
+fn once(name: &str, run: impl Fn(&mut Ctx) -> Result<()> + 'static) -> Case {
+    Case::with_outcome(format!("names::{name}"), move |ctx| {
+        if scale::emulated() && !scale::full() {
+            let why = "it does not depend on the kernel, and takes long here";
+            return Ok(Outcome::NotTested(why.to_owned()));
+        }
+        run(ctx).map(|()| Outcome::Passed)
+    })
 }
 
 /// A resolver as agents name it: nobody listens there.

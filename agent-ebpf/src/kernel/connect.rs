@@ -74,20 +74,14 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         return PASS;
     }
     if port == DNS_PORT {
-        let mut agent = UNREGISTERED;
-        match dns::turn(ctx, &addr, &mut agent) {
+        match dns::look_up(ctx, &addr, hook) {
             dns::ELSEWHERE => {}
-            dns::UNGUARDED => {
-                dns::report(&addr, agent, hook, protocol);
-                return REFUSE;
-            }
-            port => {
-                dns::redirect(ctx, &addr, hook, port);
-                emit::allowed(agent);
-                return PASS;
-            }
+            dns::UNGUARDED => return REFUSE,
+            _ => return PASS,
         }
     }
+    // Here it would be known to be 53, or not to be, and all that follows be verified twice.
+    let port = hide16(port);
     slowly(ctx, addr, port, protocol, hook, cgroup)
 }
 

@@ -118,10 +118,30 @@ fn is_guarded(ctx: &SockAddrContext, attempt: &Attempt, endpoint: u64, agent: u3
     hide32(is_guards(sk, endpoint, agent) as u32)
 }
 
+/// Turns a call to `addr` and port 53 to the guard if it is a lookup of an agent with names, or
+/// refuses it if there is no guard; else it goes [`ELSEWHERE`]. A function of its own for the sake
+/// of the hook's stack.
+#[inline(never)]
+pub fn look_up(ctx: &SockAddrContext, addr: &Addr, hook: Hook) -> u32 {
+    let mut agent = 0;
+    let port = turn(ctx, addr, &mut agent);
+    if port == ELSEWHERE {
+        return hide32(ELSEWHERE);
+    }
+    if port == UNGUARDED {
+        let protocol = field!(ctx.sock_addr, protocol);
+        report(addr, agent, hook, protocol as u8);
+        return hide32(UNGUARDED);
+    }
+    redirect(ctx, addr, hook, port);
+    emit::allowed(agent);
+    hide32(port)
+}
+
 /// Whether a call to `addr` and port 53 is a lookup to be turned: the guard's port to go to instead,
 /// [`ELSEWHERE`] or [`UNGUARDED`]. The socket remembers what it asked.
 #[inline(never)]
-pub fn turn(ctx: &SockAddrContext, addr: &Addr, who: &mut u32) -> u32 {
+fn turn(ctx: &SockAddrContext, addr: &Addr, who: &mut u32) -> u32 {
     let protocol = field!(ctx.sock_addr, protocol);
     // MPTCP sends from other sockets than the one that connects; nothing resolves over it.
     if protocol != IPPROTO_TCP as u32 && protocol != IPPROTO_UDP as u32 {
@@ -210,7 +230,7 @@ macro_rules! set {
 
 /// Sends the call to the guard at `port` instead.
 #[inline(always)]
-pub fn redirect(ctx: &SockAddrContext, addr: &Addr, hook: Hook, port: u32) {
+fn redirect(ctx: &SockAddrContext, addr: &Addr, hook: Hook, port: u32) {
     let to = if addr.is_v4() {
         Addr::LOOPBACK_V4
     } else {
@@ -237,7 +257,7 @@ fn put(ctx: &SockAddrContext, addr: &Addr, is_v6: bool, port: u16) {
 /// The ruling on a lookup for which there is no guard. The caller sees what it would at a host
 /// where no resolver runs: resolvers give up at once.
 #[inline(always)]
-pub fn unguarded() -> Ruling {
+fn unguarded() -> Ruling {
     // SAFETY: a plain number.
     let _before = unsafe { bpf_set_retval(-ECONNREFUSED) };
     Ruling::fault(Cause::NoGuard)
@@ -415,23 +435,16 @@ fn send(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         return PASS;
     }
     let addr = hide_addr(addr.effective());
-    let mut agent = 0;
-    match turn(ctx, &addr, &mut agent) {
-        ELSEWHERE => PASS,
-        UNGUARDED => {
-            report(&addr, agent, hook, IPPROTO_UDP);
-            REFUSE
-        }
-        port => {
-            redirect(ctx, &addr, hook, port);
-            PASS
-        }
+    if look_up(ctx, &addr, hook) == UNGUARDED {
+        REFUSE
+    } else {
+        PASS
     }
 }
 
 /// Reports a lookup for which there is no guard, and chooses the error.
 #[inline(never)]
-pub fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) {
+fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) {
     let cgroup = identity::current_cgroup();
     let mut event = emit::blank(hook, agent, cgroup, cache::boot_now());
     unguarded().fill(&mut event);

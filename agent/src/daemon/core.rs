@@ -281,7 +281,7 @@ impl Core {
         self.keep();
         // What was in force before may have granted more.
         self.close_unreachable(None);
-        self.tend_endpoints(None);
+        self.follow_names();
     }
 
     /// Writes the end down. The fence stays.

@@ -78,6 +78,8 @@ pub struct Names {
     doors: BTreeMap<(u32, Netns), Door>,
     /// The agent of each endpoint.
     whose: HashMap<u64, u32>,
+    /// Agents of which the guard may remember something.
+    known: BTreeSet<String>,
     looked: Option<Instant>,
     swept: Option<Instant>,
     /// Boot time up to which connections of leases that are over were ended.
@@ -144,6 +146,7 @@ impl Names {
             offset,
             doors: BTreeMap::new(),
             whose: HashMap::new(),
+            known: BTreeSet::new(),
             looked: None,
             swept: None,
             ended: boot_nanos(),
@@ -329,6 +332,16 @@ impl Core {
     pub(super) fn follow_names(&mut self) {
         let wanted = self.uses_names(&self.force);
         self.guard_names(wanted);
+        let named: BTreeSet<String> = self.named().into_iter().map(|(_, id)| id).collect();
+        for gone in self.names.known.difference(&named) {
+            if let Some(server) = self.names.server() {
+                server.forget(gone);
+            }
+            if let Some(index) = self.enforcer.index_of(gone) {
+                self.recorder.forget_names(index);
+            }
+        }
+        self.names.known = named;
         self.tend_endpoints(None);
     }
 

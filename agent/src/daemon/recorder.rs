@@ -212,6 +212,11 @@ impl Recorder {
         }
     }
 
+    /// Forgets what names an agent had.
+    pub fn forget_names(&mut self, agent: u32) {
+        self.hostnames.remove(&agent);
+    }
+
     /// The name that led the agent to an address, if it is remembered.
     pub fn name_of(&self, agent: u32, addr: IpAddr) -> Option<&str> {
         let known = self.hostnames.get(&agent)?;
