@@ -87,11 +87,9 @@ pub fn read(bytes: &[u8]) -> Option<Said> {
             AAAA => said
                 .addresses
                 .push(Ipv6Addr::from(<[u8; 16]>::try_from(data).ok()?).into()),
-            41 => {
-                // One option is all that the guard puts there.
-                if data.get(..2) == Some(&[0, 15]) {
-                    said.reason = String::from_utf8_lossy(data.get(6..)?).into_owned();
-                }
+            // One option is all that the guard puts there.
+            41 if data.get(..2) == Some(&[0, 15]) => {
+                said.reason = String::from_utf8_lossy(data.get(6..)?).into_owned();
             }
             _ => {}
         }

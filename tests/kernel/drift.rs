@@ -5,8 +5,8 @@
 use std::{fs, path::PathBuf, thread::sleep, time::Duration};
 
 use agent_ebpf::abi::{
-    ABI_VERSION, Addr, AgentRow, Class, Effect, Hook, Loopback, Mode, NEVER, Question, Rule, RuleSet, ScopeKey,
-    State,
+    ABI_VERSION, Addr, AgentRow, Class, Effect, Hook, Loopback, Mode, NEVER, Question, Rule,
+    RuleSet, ScopeKey, State,
 };
 use anyhow::{Context as _, Result, bail};
 use remit::{

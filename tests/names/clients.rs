@@ -236,7 +236,13 @@ fn inside(fx: &Fixture, dir: &Path, program: &Program, name: &str) -> Result<(bo
         .current_dir(dir)
         .env("HOME", dir)
         .env("GIT_TERMINAL_PROMPT", "0");
-    for proxy in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"] {
+    for proxy in [
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+    ] {
         command.env_remove(proxy);
     }
     for variable in std::env::vars().map(|(key, _)| key) {
@@ -322,7 +328,10 @@ fn musl(ctx: &Ctx) -> Result<()> {
         host: NAME.to_owned(),
     })?;
     claim(found.errno != 0 && found.ms < 8000.0, || {
-        format!("without a daemon: errno {} after {} ms", found.errno, found.ms)
+        format!(
+            "without a daemon: errno {} after {} ms",
+            found.errno, found.ms
+        )
     })
 }
 

@@ -30,7 +30,14 @@ fn spec() -> Spec {
         .host(NAME, &["203.0.113.60"])
         .host(
             "inward.names.example",
-            &["10.0.0.9", "127.0.0.1", "169.254.169.254", "0.0.0.0", "::1", "fd00:10::1"],
+            &[
+                "10.0.0.9",
+                "127.0.0.1",
+                "169.254.169.254",
+                "0.0.0.0",
+                "::1",
+                "fd00:10::1",
+            ],
         )
         .host("many.names.example", &many)
         .alias("loop.names.example", "pool.names.example")
@@ -60,7 +67,11 @@ fn agents() -> [Agent; 2] {
 fn nothing_goes_out_in_questions(fx: &Fixture, zone: &mut Zone) -> Result<()> {
     let mut actor = fx.actor("alpha")?;
     let long = format!("{0}.{0}.{0}.names.example", "x".repeat(60));
-    for name in ["secret.names.example", "api.names.example.evil.example", long.as_str()] {
+    for name in [
+        "secret.names.example",
+        "api.names.example.evil.example",
+        long.as_str(),
+    ] {
         for manner in [Manner::Unconnected, Manner::Tcp] {
             let said = ask(&mut actor, manner, RESOLVER_V4, name, A)?;
             expect("code", said.code, 5).with_context(|| name.to_owned())?;
@@ -97,7 +108,13 @@ fn other_ports_are_not_turned(fx: &mut Fixture) -> Result<()> {
         for family in Family::ALL {
             for way in [Way::Tcp, Way::UdpSendTo, Way::UdpConnected] {
                 let to = family.pick("203.0.113.62", "2001:db8:2::10", port)?;
-                fx.refused(&mut actor, way, family, to, &refused.clone().without_control())?;
+                fx.refused(
+                    &mut actor,
+                    way,
+                    family,
+                    to,
+                    &refused.clone().without_control(),
+                )?;
             }
         }
     }
@@ -117,11 +134,27 @@ fn answers_open_what_they_may(fx: &mut Fixture) -> Result<()> {
     let refused = Refusal::of("alpha", "out_of_scope").without_control();
     let to = "10.0.0.9:443".parse()?;
     fx.refused(&mut actor, Way::Tcp, Family::V4, to, &refused)?;
-    let said = ask(&mut actor, Manner::Connected, RESOLVER_V4, "loop.names.example", A)?;
+    let said = ask(
+        &mut actor,
+        Manner::Connected,
+        RESOLVER_V4,
+        "loop.names.example",
+        A,
+    )?;
     expect("code of a circle", said.code, 2)?;
     // The name that was asked decides, not where its alias leads.
-    let said = ask(&mut actor, Manner::Connected, RESOLVER_V4, "alias.names.example", A)?;
-    expect("through an alias", said.addresses, vec!["203.0.113.61".parse()?])?;
+    let said = ask(
+        &mut actor,
+        Manner::Connected,
+        RESOLVER_V4,
+        "alias.names.example",
+        A,
+    )?;
+    expect(
+        "through an alias",
+        said.addresses,
+        vec!["203.0.113.61".parse()?],
+    )?;
     let to: SocketAddr = "203.0.113.61:443".parse()?;
     fx.arrives(&mut actor, Way::Tcp, Family::V4, to)?;
     let said = ask(
@@ -132,7 +165,13 @@ fn answers_open_what_they_may(fx: &mut Fixture) -> Result<()> {
         A,
     )?;
     expect("the alias's end", said.code, 5)?;
-    let said = ask(&mut actor, Manner::Tcp, RESOLVER_V4, "many.names.example", A)?;
+    let said = ask(
+        &mut actor,
+        Manner::Tcp,
+        RESOLVER_V4,
+        "many.names.example",
+        A,
+    )?;
     expect("addresses of one name", said.addresses.len(), 64)
 }
 
@@ -206,7 +245,14 @@ fn a_flood_is_the_flooder_s_alone(fx: &mut Fixture) -> Result<()> {
             millis: 700,
         })?;
         for _ in 0..10 {
-            let reply = lookup(&mut beta, libc::AF_INET, Manner::Connected, RESOLVER_V4, NAME, A)?;
+            let reply = lookup(
+                &mut beta,
+                libc::AF_INET,
+                Manner::Connected,
+                RESOLVER_V4,
+                NAME,
+                A,
+            )?;
             expect("errno of the other agent's lookup", reply.errno, 0)?;
             let said = read(&reply.data).context("no answer")?;
             expect("its code", said.code, 0)?;
@@ -214,9 +260,15 @@ fn a_flood_is_the_flooder_s_alone(fx: &mut Fixture) -> Result<()> {
         alpha.hear()?;
     }
     let grown = resident(pid)?.saturating_sub(before);
-    claim(grown < 64 << 10, || format!("the daemon grew by {grown} KiB"))?;
+    claim(grown < 64 << 10, || {
+        format!("the daemon grew by {grown} KiB")
+    })?;
     eventually(5, || {
-        expect("code of the flooder's own", resolve(&mut alpha, NAME)?.code, 0)
+        expect(
+            "code of the flooder's own",
+            resolve(&mut alpha, NAME)?.code,
+            0,
+        )
     })?;
     println!("the daemon grew by {grown} KiB");
     Ok(())

@@ -17,8 +17,7 @@ use crate::{
     },
     harness::Case,
     support::{
-        Actor, Agent, Family, Fixture, Refusal, Way, claim, eventually, expect,
-        way::PAYLOAD,
+        Actor, Agent, Family, Fixture, Refusal, Way, claim, eventually, expect, way::PAYLOAD,
     },
 };
 
@@ -87,7 +86,11 @@ fn ends_with_its_reason(fx: &mut Fixture) -> Result<()> {
     let line = fx.await_line(before, "alpha", |line| {
         line.text("/unmapped/reason") == "lease_expired"
     })?;
-    expect("name in the line", line.text("/dst_endpoint/hostname"), NAME)?;
+    expect(
+        "name in the line",
+        line.text("/dst_endpoint/hostname"),
+        NAME,
+    )?;
     let said = fx.place().remit(&["explain", "alpha", ADDR])?;
     claim(
         said.code == 1 && said.stdout.contains("lease_expired") && said.stdout.contains(NAME),
@@ -113,7 +116,9 @@ fn open_tcp_outlives_it_for_so_long(fx: &mut Fixture) -> Result<()> {
     expect("code", resolve(&mut actor, NAME)?.code, 0)?;
     let id = connect(&mut actor, to)?;
     let (mut stream, _) = listener.accept()?;
-    eventually(6, || claim(lease(fx)?.is_none(), || "it goes on".to_owned()))?;
+    eventually(6, || {
+        claim(lease(fx)?.is_none(), || "it goes on".to_owned())
+    })?;
     actor.must(&Op::Send {
         id,
         data: PAYLOAD.to_vec(),

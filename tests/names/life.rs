@@ -99,7 +99,9 @@ fn a_daemon_that_is_gone_is_told_at_once(fx: &mut Fixture) -> Result<()> {
             let reply = lookup(&mut actor, domain, manner, via, NAME, A)?;
             expect("errno while it is down", reply.errno, libc::ECONNREFUSED)
                 .with_context(|| format!("{manner:?} to {via}"))?;
-            claim(reply.ms < SOON_MS, || format!("only after {:.0} ms", reply.ms))?;
+            claim(reply.ms < SOON_MS, || {
+                format!("only after {:.0} ms", reply.ms)
+            })?;
             // The wire's own markers are answered by ICMP.
             let mut seen = fx.wire.drain()?;
             seen.retain(|packet| matches!(packet.protocol, 6 | 17));
@@ -158,9 +160,7 @@ fn hooks_come_and_go_with_names(fx: &mut Fixture) -> Result<()> {
             .iter()
             .filter(|guard| guard["state"] == "live")
             .filter_map(|guard| guard["name"].as_str())
-            .filter(|name| {
-                name.contains("msg") || name.contains("peername") || *name == "dns"
-            })
+            .filter(|name| name.contains("msg") || name.contains("peername") || *name == "dns")
             .map(str::to_owned)
             .collect();
         names.sort();
@@ -189,7 +189,11 @@ fn hooks_come_and_go_with_names(fx: &mut Fixture) -> Result<()> {
     )?;
     expect("errno without names", reply.errno, libc::EPERM)?;
     fx.change(&agent())?;
-    expect("hooks again", hooks(fx)?, wanted.map(str::to_owned).to_vec())?;
+    expect(
+        "hooks again",
+        hooks(fx)?,
+        wanted.map(str::to_owned).to_vec(),
+    )?;
     expect("code", resolve(&mut actor, NAME)?.code, 0)?;
     let said = fx.place().remit(&["reconcile"])?;
     expect("exit code of reconcile", said.code, 0)

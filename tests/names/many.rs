@@ -117,8 +117,5 @@ fn costs(ctx: &Ctx) -> Result<()> {
 pub fn cases() -> Vec<Case> {
     let mut many = once("many_names_are_reached_at_once", |ctx| many_names(ctx));
     many.deadline = Duration::from_secs(120);
-    vec![
-        many,
-        once("what_a_lookup_costs", |ctx| costs(ctx)),
-    ]
+    vec![many, once("what_a_lookup_costs", |ctx| costs(ctx))]
 }

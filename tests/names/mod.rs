@@ -33,7 +33,9 @@ pub fn cases() -> Vec<Case> {
         many::cases(),
         clients::cases(),
     ]
-    .into_iter().flatten().collect()
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// A case that shows the same on every kernel: in an emulated machine it only takes long.

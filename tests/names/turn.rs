@@ -16,7 +16,9 @@ const OTHER: &str = "paste.names.example";
 const ADDR: &str = "203.0.113.20";
 
 fn spec() -> Spec {
-    Spec::new().host(NAME, &[ADDR]).host(OTHER, &["203.0.113.21"])
+    Spec::new()
+        .host(NAME, &[ADDR])
+        .host(OTHER, &["203.0.113.21"])
 }
 
 fn agent() -> Agent {
@@ -40,7 +42,8 @@ fn every_way_to_ask_is_answered_from_where_it_asked(fx: &Fixture) -> Result<()> 
             expect("where it came from", reply.addr, Some(from)).with_context(what)?;
             let said = read(&reply.data).with_context(what)?;
             expect("code", said.code, 0).with_context(what)?;
-            expect("addresses", said.addresses, vec![ADDR.parse::<IpAddr>()?]).with_context(what)?;
+            expect("addresses", said.addresses, vec![ADDR.parse::<IpAddr>()?])
+                .with_context(what)?;
         }
     }
     Ok(())

@@ -89,7 +89,11 @@ impl Place {
              state = \"{at}/state\"\nbpffs = \"{at}/bpf\"\n\
              [enforcement]\nroots = [\"{}\"]\nunregistered = \"{}\"\ncontainment = \"off\"\n\
              on_bad_registry = \"{}\"\n[dns]\n{}{}",
-            place.root, settings.unregistered, settings.on_bad_registry, settings.dns, settings.more
+            place.root,
+            settings.unregistered,
+            settings.on_bad_registry,
+            settings.dns,
+            settings.more
         );
         fs::write(place.config(), text)?;
         Ok(place)

@@ -7,9 +7,7 @@ use agent_ebpf::{
     verifier::{hide_addr, hide8, hide16},
 };
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::bpf_get_socket_cookie,
-    macros::cgroup_sock_addr,
+    EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 

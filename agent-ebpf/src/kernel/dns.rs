@@ -236,7 +236,12 @@ fn redirect(ctx: &SockAddrContext, addr: &Addr, hook: Hook, port: u32) {
     } else {
         Addr::LOOPBACK_V6
     };
-    put(ctx, &to, matches!(hook, Hook::Connect6 | Hook::SendMsg6), port as u16);
+    put(
+        ctx,
+        &to,
+        matches!(hook, Hook::Connect6 | Hook::SendMsg6),
+        port as u16,
+    );
 }
 
 /// Writes address and port of the context.
@@ -266,9 +271,7 @@ fn unguarded() -> Ruling {
 /// Whether a packet is one that [`turn`] sent on its way: then its sender is noted, and it may pass.
 #[inline(never)]
 pub fn carries(ctx: &SkBuffContext, packet: &Packet, who: &mut u32) -> u32 {
-    if !packet.destination.is_loopback()
-        || !matches!(packet.protocol, IPPROTO_TCP | IPPROTO_UDP)
-    {
+    if !packet.destination.is_loopback() || !matches!(packet.protocol, IPPROTO_TCP | IPPROTO_UDP) {
         return hide32(0);
     }
     let sk = field!(ctx.skb.skb, __bindgen_anon_2.sk);
@@ -282,8 +285,8 @@ pub fn carries(ctx: &SkBuffContext, packet: &Packet, who: &mut u32) -> u32 {
     }
     let map = (&raw const ASKED).cast_mut().cast();
     // SAFETY: a full socket that the packet holds, and a socket-storage map; no value is created.
-    let asked = unsafe { bpf_sk_storage_get(map, sk.cast(), core::ptr::null_mut(), 0) }
-        .cast::<Asked>();
+    let asked =
+        unsafe { bpf_sk_storage_get(map, sk.cast(), core::ptr::null_mut(), 0) }.cast::<Asked>();
     if asked.is_null() {
         return hide32(0);
     }
@@ -499,8 +502,8 @@ fn restore(ctx: &SockAddrContext, is_v6: bool) -> i32 {
     }
     let map = (&raw const ASKED).cast_mut().cast();
     // SAFETY: the context's socket, and a socket-storage map; no value is created.
-    let asked = unsafe { bpf_sk_storage_get(map, sk.cast(), core::ptr::null_mut(), 0) }
-        .cast::<Asked>();
+    let asked =
+        unsafe { bpf_sk_storage_get(map, sk.cast(), core::ptr::null_mut(), 0) }.cast::<Asked>();
     if asked.is_null() {
         return 1;
     }

@@ -6,8 +6,8 @@ use core::ffi::c_void;
 use agent_ebpf::{
     abi::{
         ASKERS, Addr, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters,
-        Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner,
-        Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
+        Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner, Question,
+        RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };

@@ -53,10 +53,26 @@ macro_rules! look_up {
         let netns = aya_ebpf::bindings::BPF_F_CURRENT_NETNS as u64;
         if attempt.protocol == IPPROTO_TCP {
             // SAFETY: the context as the kernel gave it, a tuple on the stack and its size.
-            unsafe { aya_ebpf::helpers::generated::bpf_sk_lookup_tcp($context, &raw mut tuple, size, netns, 0) }
+            unsafe {
+                aya_ebpf::helpers::generated::bpf_sk_lookup_tcp(
+                    $context,
+                    &raw mut tuple,
+                    size,
+                    netns,
+                    0,
+                )
+            }
         } else {
             // SAFETY: as above.
-            unsafe { aya_ebpf::helpers::generated::bpf_sk_lookup_udp($context, &raw mut tuple, size, netns, 0) }
+            unsafe {
+                aya_ebpf::helpers::generated::bpf_sk_lookup_udp(
+                    $context,
+                    &raw mut tuple,
+                    size,
+                    netns,
+                    0,
+                )
+            }
         }
     }};
 }

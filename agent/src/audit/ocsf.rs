@@ -219,9 +219,7 @@ impl Class {
             Self::EntityManagement
             | Self::NetworkActivity
             | Self::DnsActivity
-            | Self::ApplicationLifecycle => {
-                &["host", "security_control", "ai_operation"]
-            }
+            | Self::ApplicationLifecycle => &["host", "security_control", "ai_operation"],
             Self::DetectionFinding | Self::DeviceConfigStateChange => &["host", "security_control"],
         }
     }

@@ -149,7 +149,10 @@ fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
             lines.push(format!("reasons {}", reasons.join(", ")));
         }
         for lease in agent.leases.iter().take(LEASES) {
-            let name = lease.name.as_deref().unwrap_or("(resolved before this daemon)");
+            let name = lease
+                .name
+                .as_deref()
+                .unwrap_or("(resolved before this daemon)");
             lines.push(format!(
                 "lease {} {} until {}",
                 plain(name),

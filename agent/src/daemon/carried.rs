@@ -10,9 +10,7 @@ use tracing::{info, warn};
 use super::core::Core;
 use crate::{
     kernel::DEADLINE_SLACK,
-    policy::{
-        self, AgentTables, Allowance, Clock, LeasedPorts, PortSpec, Ports,
-    },
+    policy::{self, AgentTables, Allowance, Clock, LeasedPorts, PortSpec, Ports},
     state::LastGood,
 };
 
@@ -31,7 +29,9 @@ fn is_sound(tables: &AgentTables, addr: Addr, rules: &[Rule], clock: &Clock) -> 
         let Some(granted) = granted else {
             return false;
         };
-        let ends = clock.deadline(granted.expires).min(clock.deadline(tables.expires));
+        let ends = clock
+            .deadline(granted.expires)
+            .min(clock.deadline(tables.expires));
         let open_until = rule
             .deadline
             .saturating_add(u64::from(rule.tail).saturating_mul(SECOND));
@@ -119,7 +119,11 @@ impl Core {
             image.fresh = true;
             if let Err(error) = self.enforcer.apply_one(image) {
                 let why = format!("{:#}", anyhow::Error::from(error));
-                warn!(message = "Leases of before could not be removed.", agent = id, why);
+                warn!(
+                    message = "Leases of before could not be removed.",
+                    agent = id,
+                    why
+                );
                 self.problems.insert("leases", why);
             }
         }

@@ -93,12 +93,14 @@ pub(super) fn capacity(settings: &Settings, images: &[Image]) -> Capacity {
             .map_or(sized.claims, |agents| agents.saturating_mul(4)),
         addresses: limits.addresses.unwrap_or(sized.addresses),
         prefixes: limits.prefixes.unwrap_or(sized.prefixes),
-        rule_sets: limits.rule_sets.unwrap_or(if images.iter().any(Image::uses_names) {
-            // Leases of different names share no rules.
-            sized.rule_sets.max(names::RULE_SETS)
-        } else {
-            sized.rule_sets
-        }),
+        rule_sets: limits
+            .rule_sets
+            .unwrap_or(if images.iter().any(Image::uses_names) {
+                // Leases of different names share no rules.
+                sized.rule_sets.max(names::RULE_SETS)
+            } else {
+                sized.rule_sets
+            }),
     }
 }
 

@@ -98,7 +98,9 @@ impl Core {
 
     /// The lease that a verdict about `addr` by `entry` hangs on.
     pub(super) fn lease_at(&self, agent: u32, addr: IpAddr, entry: u32) -> Option<Lease> {
-        let rules = self.enforcer.leased_at(agent, Addr::from(addr).effective())?;
+        let rules = self
+            .enforcer
+            .leased_at(agent, Addr::from(addr).effective())?;
         let by_lease = rules
             .iter()
             .find(|rule| rule.entry == entry && rule.flags & RULE_LEASED != 0)?;

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Addr, Endpoint as Place, FLAG_NAMES, Asked, Rule};
+use agent_ebpf::abi::{Addr, Asked, Endpoint as Place, FLAG_NAMES, Rule};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -322,8 +322,10 @@ impl Core {
             Err(error) => {
                 let why = format!("{:#}", anyhow::Error::from(error));
                 warn!(message = "The DNS guard's hooks could not be changed.", why);
-                self.problems
-                    .insert("names", format!("lookups are not turned to the guard: {why}"));
+                self.problems.insert(
+                    "names",
+                    format!("lookups are not turned to the guard: {why}"),
+                );
             }
         }
     }
@@ -397,10 +399,7 @@ impl Core {
                 door.used = Instant::now();
                 continue;
             }
-            if let Err(error) = self
-                .names
-                .open(&mut self.enforcer, *agent, *netns, process)
-            {
+            if let Err(error) = self.names.open(&mut self.enforcer, *agent, *netns, process) {
                 // A process that has ended meanwhile needs none.
                 if Netns::of(process) == Some(*netns) {
                     failed.get_or_insert(format!(

@@ -14,8 +14,8 @@ use tracing::warn;
 use super::{lookups::Refused, time::Offset};
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Exports, Key, Ledger, Log, LogError, Mask, Owed, ProcessInfo, Processes,
-        Subject, Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, LogError, Mask, Owed, ProcessInfo,
+        Processes, Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},

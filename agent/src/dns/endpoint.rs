@@ -64,7 +64,10 @@ impl Sockets {
     /// # Errors
     /// When there are too many open files.
     pub fn handles(&self) -> io::Result<Vec<OwnedFd>> {
-        let each = self.pairs.iter().flat_map(|pair| [pair.udp.as_fd(), pair.tcp.as_fd()]);
+        let each = self
+            .pairs
+            .iter()
+            .flat_map(|pair| [pair.udp.as_fd(), pair.tcp.as_fd()]);
         each.map(|socket| socket.try_clone_to_owned()).collect()
     }
 

@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
-use agent_ebpf::abi::{Addr, Asker, Endpoint, EndpointKey, Guardian, Asked};
+use agent_ebpf::abi::{Addr, Asked, Asker, Endpoint, EndpointKey, Guardian};
 use aya::{
     Ebpf,
     maps::{HashMap as KernelHash, MapData},

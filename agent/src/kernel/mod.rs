@@ -29,7 +29,8 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    ABI_VERSION, Addr, Answer, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold, LAYOUT_QUESTION, Asked, Question, Rule,
+    ABI_VERSION, Addr, Answer, Asked, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold,
+    LAYOUT_QUESTION, Question, Rule,
 };
 use aya::{
     Ebpf,
@@ -429,7 +430,10 @@ impl Enforcer {
 
     fn hooks(&self) -> Vec<Expected> {
         let names = self.names.then_some(DNS_HOOKS);
-        HOOKS.into_iter().chain(names.into_iter().flatten()).collect()
+        HOOKS
+            .into_iter()
+            .chain(names.into_iter().flatten())
+            .collect()
     }
 
     /// Links that the fences have.

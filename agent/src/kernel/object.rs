@@ -7,8 +7,8 @@ use std::{
 
 use agent_ebpf::abi::{
     ASKERS, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters, Endpoint,
-    EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner, Question,
-    RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner, Question, RING_BYTES,
+    RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -200,7 +200,13 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 23] {
         ),
         storage("guards", size_of::<Guardian>()),
         storage("asked", size_of::<Asked>()),
-        map("askers", LruHash, size_of::<Asker>(), size_of::<Asked>(), ASKERS),
+        map(
+            "askers",
+            LruHash,
+            size_of::<Asker>(),
+            size_of::<Asked>(),
+            ASKERS,
+        ),
         map("wakes", PerCpuArray, 4, 8, 1),
         map("events", RingBuf, 0, 0, RING_BYTES),
         map("question", Array, 4, size_of::<Question>(), 1),

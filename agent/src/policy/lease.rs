@@ -270,16 +270,13 @@ fn merged(
         };
         let covers = |rule: &&LeasedRule| rule.low <= low && high <= rule.high;
         let said = standing.iter().find(covers);
-        let lease = leased
-            .iter()
-            .filter(covers)
-            .max_by_key(|lease| {
-                (
-                    lease.deadline,
-                    lease.open_until,
-                    std::cmp::Reverse(lease.entry),
-                )
-            });
+        let lease = leased.iter().filter(covers).max_by_key(|lease| {
+            (
+                lease.deadline,
+                lease.open_until,
+                std::cmp::Reverse(lease.entry),
+            )
+        });
         let chosen = match (said, lease) {
             (Some(said), _) if said.effect != Effect::Allow => said,
             (Some(said), Some(lease)) if said.deadline >= lease.deadline => said,

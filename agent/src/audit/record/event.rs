@@ -340,8 +340,7 @@ pub(super) fn actor(agent: &Subject, process: &ProcessInfo) -> Value {
     if let Some(exe) = &process.exe {
         let path = clean(exe.as_bytes(), PATH_BYTES);
         let name = path.rsplit('/').next().unwrap_or_default();
-        let mut file =
-            json!({ "name": name, "path": path, "type_id": 1, "type": "Regular File" });
+        let mut file = json!({ "name": name, "path": path, "type_id": 1, "type": "Regular File" });
         put(&mut file, "is_deleted", process.exe_deleted.then_some(true));
         put(&mut value, "file", Some(file));
     }

@@ -86,7 +86,10 @@ impl Lookup {
             ("action_id", json!(if denied { 2 } else { 3 })),
             ("action", json!(if denied { "Denied" } else { "Observed" })),
             ("disposition_id", json!(if denied { 2 } else { 17 })),
-            ("disposition", json!(if denied { "Blocked" } else { "Logged" })),
+            (
+                "disposition",
+                json!(if denied { "Blocked" } else { "Logged" }),
+            ),
             ("is_alert", json!(denied)),
             ("rcode_id", json!(rcode)),
             ("rcode", json!(rcode_name)),

@@ -641,7 +641,10 @@ impl Tables {
 
     /// Removes what nothing points to.
     fn remove(&mut self, installed: Installed) {
-        let only_leased = installed.leases.iter().filter(|(_, held)| held.base.is_none());
+        let only_leased = installed
+            .leases
+            .iter()
+            .filter(|(_, held)| held.base.is_none());
         let places: Vec<Place> = installed
             .entries
             .iter()
