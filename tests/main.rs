@@ -31,8 +31,11 @@ fn main() -> ExitCode {
             .parse::<u8>()
             .map(ExitCode::from)
             .map_err(anyhow::Error::from),
-        ["bench", spec] => bench::command(spec),
+        ["bench", spec] => bench::command(&["bench-run", spec]),
         ["bench-run", spec, unique] => bench::run(spec, unique),
+        ["bench-user", effort] => bench::command(&["bench-user-run", effort]),
+        ["bench-user-run", effort, unique] => bench::user::run(effort, unique),
+        ["now"] => bench::user::now(),
         ["bench-worker", cpu] => bench::worker::serve(cpu),
         ["--list"] => harness::list(&cases()),
         ["--one", name, unique] => harness::one(&cases(), name, unique),

@@ -44,7 +44,7 @@ static AGENT: LazyLock<AgentTables> = LazyLock::new(|| {
     };
     let compilation = policy::compile(&[source], NOW);
     assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-    compilation.agents[0].clone()
+    (*compilation.agents[0]).clone()
 });
 
 fn guard() -> Guard {

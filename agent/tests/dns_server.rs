@@ -57,7 +57,7 @@ fn agent(id: &str, names: &[&str]) -> Arc<AgentTables> {
     };
     let compilation = policy::compile(&[source], NOW);
     assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-    Arc::new(compilation.agents[0].clone())
+    Arc::clone(&compilation.agents[0])
 }
 
 // === upstream ===

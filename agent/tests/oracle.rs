@@ -433,7 +433,7 @@ fn compiled(world: &mut World) -> AgentTables {
         }
         let compilation = compile(&sources(world, &skip), NOW);
         if let Some(tables) = compilation.agents.into_iter().next() {
-            return tables;
+            return std::sync::Arc::unwrap_or_clone(tables);
         }
         let compilation = Compilation {
             agents: Vec::new(),

@@ -124,6 +124,15 @@ pub enum Op {
         data: Vec<u8>,
         millis: u64,
     },
+    /// The same to ever another of 15 million destinations that begin with this one, and at most
+    /// so many a second; 0 is without pause.
+    Scatter {
+        id: usize,
+        addr: SocketAddr,
+        data: Vec<u8>,
+        millis: u64,
+        per_second: u32,
+    },
     /// Whether a descriptor that it did not open itself is there: EBADF if not.
     Inherited { fd: i32 },
     /// Its own process id.
@@ -300,7 +309,16 @@ impl Actor {
                 addr,
                 data,
                 millis,
-            } => flood(self.socket(*id)?, *addr, data, *millis),
+            } => flood(self.socket(*id)?, data, *millis, 0, |_| *addr),
+            Op::Scatter {
+                id,
+                addr,
+                data,
+                millis,
+                per_second,
+            } => flood(self.socket(*id)?, data, *millis, *per_second, |number| {
+                another(*addr, number)
+            }),
             Op::Inherited { fd } => {
                 // SAFETY: asks for the flags of a number, whatever it stands for.
                 Errno::result(unsafe { libc::fcntl(*fd, libc::F_GETFD) }).map(|_| value(0))
@@ -358,11 +376,42 @@ fn send_repeatedly(
     Ok(value(refused))
 }
 
-fn flood(socket: &Socket, addr: SocketAddr, data: &[u8], millis: u64) -> nix::Result<Reply> {
-    let until = Instant::now() + Duration::from_millis(millis);
-    let (mut refused, mut passed) = (0, 0);
-    while Instant::now() < until {
-        match socket.send_to(addr, data, 0) {
+/// The destination with this number: 60,000 ports of each of 250 IPv4 addresses.
+fn another(first: SocketAddr, number: u64) -> SocketAddr {
+    let port = 1 + (number % 60_000) as u16;
+    match first.ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            let last = 1 + (number / 60_000 % 250) as u8;
+            SocketAddr::from(([a, b, c, last], port))
+        }
+        IpAddr::V6(ip) => SocketAddr::from((ip, port)),
+    }
+}
+
+fn flood(
+    socket: &Socket,
+    data: &[u8],
+    millis: u64,
+    per_second: u32,
+    to: impl Fn(u64) -> SocketAddr,
+) -> nix::Result<Reply> {
+    let began = Instant::now();
+    let until = began + Duration::from_millis(millis);
+    let (mut refused, mut passed, mut made) = (0, 0, 0_u64);
+    loop {
+        let now = Instant::now();
+        if now >= until {
+            break;
+        }
+        let due = now.duration_since(began).as_secs_f64() * f64::from(per_second);
+        if per_second > 0 && made as f64 > due {
+            std::thread::sleep(Duration::from_micros(100));
+            continue;
+        }
+        let number = made;
+        made += 1;
+        match socket.send_to(to(number), data, 0) {
             Err(Errno::EPERM) => refused += 1,
             // A full socket buffer means that the fence let it through.
             Ok(_) | Err(Errno::EAGAIN | Errno::ECONNREFUSED) => passed += 1,

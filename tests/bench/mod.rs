@@ -32,6 +32,7 @@ mod drive;
 mod lane;
 mod net;
 mod nft;
+pub mod user;
 pub mod worker;
 
 /// Cgroups of the bench start with this; the process id follows.
@@ -134,8 +135,9 @@ pub enum Workload {
     Bulk,
 }
 
-/// `remit-tests bench SPEC`: measures in a child, and cleans up behind it however it ends.
-pub fn command(spec: &str) -> Result<ExitCode> {
+/// `remit-tests bench SPEC` and `bench-user EFFORT`: measures in a child, which these arguments and
+/// a name start, and cleans up behind it however it ends.
+pub fn command(child: &[&str]) -> Result<ExitCode> {
     if !nix::unistd::geteuid().is_root() {
         bail!("not root: programs can't be attached");
     }
@@ -159,7 +161,10 @@ pub fn command(spec: &str) -> Result<ExitCode> {
     sweep::adopt_orphans().context("cannot become a subreaper")?;
     let unique = format!("{PREFIX}{}", std::process::id());
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["bench-run", spec, &unique])
+        .args(child)
+        .arg(&unique)
+        // Where the time goes is in the daemon's log.
+        .env("REMIT_LOG", "info,remit::daemon=debug")
         .spawn()
         .context("cannot start the bench")?;
     let status = loop {

@@ -281,7 +281,8 @@ fn images(ctx: &Ctx, agents: &[Agent]) -> Result<Vec<Image>> {
     if compiled.findings.iter().any(|finding| finding.is_error()) {
         bail!("{:?}", compiled.findings);
     }
-    let all = std::iter::once(&compiled.unregistered).chain(&compiled.agents);
+    let all =
+        std::iter::once(&compiled.unregistered).chain(compiled.agents.iter().map(AsRef::as_ref));
     Ok(all.map(|tables| image(tables, &clock)).collect())
 }
 
@@ -405,9 +406,10 @@ fn reload_outgrows(ctx: &mut Ctx) -> Result<()> {
     expect("exit code of remit reload", said.code, 0).with_context(|| said.stderr.clone())?;
     let refused = u64::try_from(traffic.end()?.1)?;
     let found = sets(&bpf)?;
-    claim(found.len() == 1 && found != [format!("{}maps", folder(0))], || {
-        format!("sets of maps: {found:?}")
-    })?;
+    claim(
+        found.len() == 1 && found != [format!("{}maps", folder(0))],
+        || format!("sets of maps: {found:?}"),
+    )?;
     let now = fx.place().status()?.denied("alpha", None)?;
     expect("denied attempts", now, denied + refused)?;
     in_force_after(&mut fx, &mut actor, own)?;

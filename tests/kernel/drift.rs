@@ -5,7 +5,7 @@
 use std::{fs, path::PathBuf, thread::sleep, time::Duration};
 
 use agent_ebpf::abi::{
-    ABI_VERSION, Addr, AgentRow, Class, Effect, Hook, Loopback, Mode, NEVER, Question, Rule,
+    ABI_VERSION, Addr, AgentRow, Class, Effect, Hook, Leaf, Loopback, Mode, NEVER, Question, Rule,
     RuleSet, ScopeKey, State,
 };
 use anyhow::{Context as _, Result, bail};
@@ -94,7 +94,7 @@ const CHANGES: &[Change] = &[
     Change {
         name: "a_grant_by_hand",
         make: |world| {
-            let set = world.set_of(1, Addr::v4(EXACT))?;
+            let leaf = world.leaf_of(1, Addr::v4(EXACT))?;
             let space = world.row(1)?.policy;
             let key = ScopeKey {
                 space,
@@ -102,32 +102,32 @@ const CHANGES: &[Change] = &[
             };
             Ok(world
                 .map("exacts")?
-                .update(key.as_bytes(), &set.to_ne_bytes())?)
+                .update(key.as_bytes(), leaf.as_bytes())?)
         },
         finds: ("extra", "exacts 203.0.113.10/32"),
     },
     Change {
         name: "a_prefix_by_hand",
         make: |world| {
-            let set = world.set_of(1, Addr::v4(EXACT))?;
+            let leaf = world.leaf_of(1, Addr::v4(EXACT))?;
             let space = world.row(1)?.policy;
             let key = ScopeKey {
                 space,
                 addr: Addr::v4([203, 0, 113, 0]),
             };
-            world.prefix(64 + 120, key, Some(set))
+            world.prefix(64 + 120, key, Some(leaf))
         },
         finds: ("extra", "prefixes 203.0.113.0/24"),
     },
     Change {
         name: "a_prefix_that_matches_every_scope",
         make: |world| {
-            let set = world.set_of(1, Addr::v4(EXACT))?;
+            let leaf = world.leaf_of(1, Addr::v4(EXACT))?;
             let key = ScopeKey {
                 space: 0,
                 addr: Addr::UNKNOWN,
             };
-            world.prefix(0, key, Some(set))
+            world.prefix(0, key, Some(leaf))
         },
         finds: ("extra", "0 bits"),
     },
@@ -150,14 +150,14 @@ const CHANGES: &[Change] = &[
             };
             Ok(world
                 .map("exacts")?
-                .update(key.as_bytes(), &u32::MAX.to_ne_bytes())?)
+                .update(key.as_bytes(), &u64::MAX.to_ne_bytes())?)
         },
         finds: ("changed", "exacts 198.51.100.77/32"),
     },
     Change {
         name: "a_wider_port_in_a_shared_rule_set",
         make: |world| {
-            let set = world.set_of(1, Addr::v4(EXACT))?;
+            let set = world.leaf_of(1, Addr::v4(EXACT))?.set;
             world.change_set(set, |set| {
                 (set.rules[0].low, set.rules[0].high) = (0, u16::MAX)
             })
@@ -167,7 +167,7 @@ const CHANGES: &[Change] = &[
     Change {
         name: "a_rule_hidden_behind_the_length",
         make: |world| {
-            let set = world.set_of(1, Addr::v4(EXACT))?;
+            let set = world.leaf_of(1, Addr::v4(EXACT))?.set;
             world.change_set(set, |set| {
                 set.rules[7] = Rule {
                     low: 0,
@@ -181,7 +181,7 @@ const CHANGES: &[Change] = &[
     Change {
         name: "a_chain_in_a_circle",
         make: |world| {
-            let at = world.set_of(1, Addr::v4(EXACT))?;
+            let at = world.leaf_of(1, Addr::v4(EXACT))?.set;
             world.change_set(at, |set| set.next = at + 1)
         },
         finds: ("changed", "rulesets ["),
@@ -427,13 +427,14 @@ impl World {
         Ok(self.map("rows")?.update(&at, row.as_bytes())?)
     }
 
-    /// The rule set behind an exact address of an agent.
-    fn set_of(&self, agent: u32, addr: Addr) -> Result<u32> {
+    /// What an exact address of an agent points to.
+    fn leaf_of(&self, agent: u32, addr: Addr) -> Result<Leaf> {
         let space = self.row(agent)?.policy;
-        let mut set = [0; 4];
+        let mut leaf = Leaf::zeroed();
         let key = ScopeKey { space, addr };
-        self.map("exacts")?.lookup(key.as_bytes(), &mut set)?;
-        Ok(u32::from_ne_bytes(set))
+        self.map("exacts")?
+            .lookup(key.as_bytes(), leaf.as_mut_bytes())?;
+        Ok(leaf)
     }
 
     fn change_set(&self, index: u32, change: impl FnOnce(&mut RuleSet)) -> Result<()> {
@@ -445,12 +446,12 @@ impl World {
     }
 
     /// Writes a prefix key, or deletes it.
-    fn prefix(&self, bits: u32, key: ScopeKey, set: Option<u32>) -> Result<()> {
+    fn prefix(&self, bits: u32, key: ScopeKey, leaf: Option<Leaf>) -> Result<()> {
         let mut bytes = bits.to_ne_bytes().to_vec();
         bytes.extend(key.as_bytes());
         let map = self.map("prefixes")?;
-        match set {
-            Some(set) => map.update(&bytes, &set.to_ne_bytes())?,
+        match leaf {
+            Some(leaf) => map.update(&bytes, leaf.as_bytes())?,
             None => map.delete(&bytes)?,
         }
         Ok(())
@@ -671,11 +672,12 @@ fn any_bytes(ctx: &mut Ctx) -> Result<()> {
             if roll() % 2 == 0 {
                 place.space = roll() % 40;
             }
-            let set = (roll() % 40) as u32;
-            world.prefix((roll() % 193) as u32, place, Some(set))?;
+            let (set, entry) = ((roll() % 40) as u32, (roll() % 5) as u32);
+            let leaf = Leaf { set, entry };
+            world.prefix((roll() % 193) as u32, place, Some(leaf))?;
             world
                 .map("exacts")?
-                .update(place.as_bytes(), &set.to_ne_bytes())?;
+                .update(place.as_bytes(), leaf.as_bytes())?;
             world.map("claims")?.update(&bytes[..8], &key(set))?;
         }
         if round % 2 == 0 {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{AgentRow, ROW_INDEX_BITS, Rule, RuleSet, ScopeKey, State};
+use agent_ebpf::abi::{AgentRow, Leaf, ROW_INDEX_BITS, Rule, RuleSet, ScopeKey, State};
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
@@ -136,7 +136,8 @@ const TAMPERINGS: &[Tampering] = &[
         name: "a rule's ports widened",
         apply: |world| {
             let prefixes = world.pins.map("prefixes")?;
-            let set = prefixes.get(&world.prefix("alpha", "198.51.100.0", 24)?)?;
+            let leaf = prefixes.get(&world.prefix("alpha", "198.51.100.0", 24)?)?;
+            let set = leaf[offset_of!(Leaf, set)..][..4].to_vec();
             let rulesets = world.pins.map("rulesets")?;
             let mut rules = rulesets.get(&set)?;
             for at in 0..2 {

@@ -31,34 +31,11 @@ pub fn cases() -> Vec<Case> {
         let names: Vec<String> = (0..count).map(|at| format!("agent-{at:04}")).collect();
         let agents: Vec<Agent> = names.iter().map(|id| Agent::standard(id)).collect();
         let fx = Fixture::start_with(ctx, &agents, &Settings::default())?;
-        let both: Vec<Vec<Lane>> = [Family::V4, Family::V6]
-            .iter()
-            .map(|family| flows(*family))
-            .collect::<Result<_>>()?;
-        let mut ear = Ear::start(&both.concat())?;
-        let (mut tcp, mut udp, mut answers) = (Vec::new(), Vec::new(), Vec::new());
-        for (id, lanes) in names.iter().zip(both.iter().cycle()) {
-            let mut generator = Generator::paced(fx.cgroup(id)?, lanes.clone(), PAUSE_US)?;
-            generator.await_passing(IN)?;
-            let body = json!({ "reason": "a drill" });
-            let path = format!("/agents/{id}/revoke");
-            let asked = mono_ns();
-            let answer = api::ask(fx.place(), "POST", &path, Some(&body))?;
-            answers.push(mono_ns() - asked);
-            expect("HTTP status", answer.status, 200).with_context(|| format!("{answer:?}"))?;
-            sleep(SILENCE);
-            let (last_tcp, last_udp, arrivals) = lasts(&mut ear, lanes)?;
-            tcp.push(last_tcp.saturating_sub(asked));
-            udp.push(last_udp.saturating_sub(asked));
-            // That was the last one.
-            sleep(SILENCE / 5);
-            let (_, _, later) = lasts(&mut ear, lanes)?;
-            expect(
-                &format!("arrivals from {id} after the silence"),
-                later,
-                arrivals,
-            )?;
-        }
+        let Took {
+            mut tcp,
+            mut udp,
+            mut answers,
+        } = revoke(&fx, &names)?;
         for (what, nanos) in [("TCP", &tcp), ("UDP", &udp)] {
             let most = nanos.iter().max().copied().unwrap_or_default();
             claim(most < scale::patience(1) * 1_000_000_000, || {
@@ -73,6 +50,53 @@ pub fn cases() -> Vec<Case> {
         );
         Ok(())
     })]
+}
+
+/// From each revocation to what followed it, in nanoseconds.
+pub struct Took {
+    /// To the last packet on an open TCP connection.
+    pub tcp: Vec<u64>,
+    /// To the last packet of a UDP flow.
+    pub udp: Vec<u64>,
+    /// To the answer.
+    pub answers: Vec<u64>,
+}
+
+/// Revokes these agents one after the other, each while its traffic runs.
+pub fn revoke(fx: &Fixture, names: &[String]) -> Result<Took> {
+    let both: Vec<Vec<Lane>> = [Family::V4, Family::V6]
+        .iter()
+        .map(|family| flows(*family))
+        .collect::<Result<_>>()?;
+    let mut ear = Ear::start(&both.concat())?;
+    let mut took = Took {
+        tcp: Vec::new(),
+        udp: Vec::new(),
+        answers: Vec::new(),
+    };
+    for (id, lanes) in names.iter().zip(both.iter().cycle()) {
+        let mut generator = Generator::paced(fx.cgroup(id)?, lanes.clone(), PAUSE_US)?;
+        generator.await_passing(IN)?;
+        let body = json!({ "reason": "a drill" });
+        let path = format!("/agents/{id}/revoke");
+        let asked = mono_ns();
+        let answer = api::ask(fx.place(), "POST", &path, Some(&body))?;
+        took.answers.push(mono_ns() - asked);
+        expect("HTTP status", answer.status, 200).with_context(|| format!("{answer:?}"))?;
+        sleep(SILENCE);
+        let (last_tcp, last_udp, arrivals) = lasts(&mut ear, lanes)?;
+        took.tcp.push(last_tcp.saturating_sub(asked));
+        took.udp.push(last_udp.saturating_sub(asked));
+        // That was the last one.
+        sleep(SILENCE / 5);
+        let (_, _, later) = lasts(&mut ear, lanes)?;
+        expect(
+            &format!("arrivals from {id} after the silence"),
+            later,
+            arrivals,
+        )?;
+    }
+    Ok(took)
 }
 
 /// An open TCP connection and a UDP flow.

@@ -26,7 +26,7 @@ mod drift;
 mod full_disk;
 mod holds;
 mod kills;
-mod latency;
+pub mod latency;
 mod lost_state;
 mod reboot;
 mod reloads;

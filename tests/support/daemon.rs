@@ -109,6 +109,11 @@ impl Place {
         self.dir.join(name)
     }
 
+    /// The root that the settings name.
+    pub fn root(&self) -> &str {
+        &self.root
+    }
+
     /// Writes an agent's file as editors do: beside it, then renamed over it.
     pub fn write(&self, agent: &Agent) -> Result<()> {
         self.write_raw(&agent.id, &agent.toml(&self.root))

@@ -153,6 +153,11 @@ impl Fixture {
         self.daemon.place()
     }
 
+    /// The daemon's process id.
+    pub fn daemon_pid(&self) -> Result<u32> {
+        self.daemon.pid()
+    }
+
     /// An agent's cgroup.
     pub fn cgroup(&self, id: &str) -> Result<&Cgroup> {
         self.cgroups

@@ -36,6 +36,8 @@ pub const UNREGISTERED: u32 = 0;
 pub const NO_ENTRY: u32 = u32::MAX;
 /// `entry` of a verdict that the loopback rule decided.
 pub const LOOPBACK_ENTRY: u32 = u32::MAX - 1;
+/// `entry` of a rule that has the one of the address it was found by ([`super::Leaf`]).
+pub const INHERITED: u32 = u32::MAX - 2;
 /// A deadline that never comes.
 pub const NEVER: u64 = u64::MAX;
 /// `agent` of a question that asks for the layout: the answer's `row` is [`super::FINGERPRINT`] and

@@ -70,6 +70,7 @@ pub const FINGERPRINT: u64 = {
         core::mem::offset_of!(Rule, entry),
         core::mem::offset_of!(Rule, effect),
         core::mem::offset_of!(Rule, tail),
+        size_of::<Leaf>(),
         size_of::<RuleSet>(),
         size_of::<AgentRow>(),
         core::mem::offset_of!(AgentRow, state),

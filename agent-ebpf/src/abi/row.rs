@@ -8,7 +8,8 @@ shared! {
     pub struct Rule {
         /// Boot time in nanoseconds from which an allow is `expired`; [`super::NEVER`] without end.
         pub deadline: u64,
-        /// Index of the registry entry that it comes from, in the agent's own numbering.
+        /// Index of the registry entry that it comes from, in the agent's own numbering; or
+        /// [`super::INHERITED`].
         pub entry: u32,
         /// First port.
         pub low: u16,
@@ -24,6 +25,15 @@ shared! {
         pub pad: u8,
         /// Seconds by which an open TCP connection may outlive a lease's deadline.
         pub tail: u32,
+    }
+
+    /// Value of `exacts` and `prefixes`: what is said of an address.
+    pub struct Leaf {
+        /// The first block of its rules.
+        pub set: u32,
+        /// The registry entry of those of its rules that have none of their own: thousands of
+        /// addresses with equal rules then share one block, though their entries are many.
+        pub entry: u32,
     }
 
     /// Value of `rulesets`: a block of rules. Immutable once published.
@@ -65,11 +75,11 @@ shared! {
     /// Value of `cache`: the verdicts that share a place. Two, or of a few dozen live destinations
     /// some pair would always be in each other's way.
     pub struct Slots {
-        /// Remembered allows.
+        /// Remembered verdicts.
         pub slots: [Slot; 2],
     }
 
-    /// One remembered allow.
+    /// One remembered allow, or refusal.
     pub struct Slot {
         /// The cgroup that asked; 0 is an empty slot.
         pub cgroup: u64,
@@ -88,10 +98,11 @@ shared! {
         /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
         /// between, on the CPU that owns the slot.
         pub sequence: u32,
-        /// IP protocol and, in the lower half, the peer's port.
+        /// IP protocol and, in the lower half, the peer's port; the highest bit says that this is a
+        /// refusal.
         pub flow: u32,
-        /// Zero.
-        pub pad: u32,
+        /// Of a refusal: the count of leases at the time, its lower half.
+        pub leases: u32,
     }
 
     /// Value of `homes`, per CPU: whose a cgroup was found to be.

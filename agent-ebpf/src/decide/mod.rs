@@ -31,11 +31,12 @@
 pub mod packet;
 pub mod socket;
 
-use crate::verifier::{hide, hide8, hide32, opaque};
+use crate::verifier::{hide, hide32, opaque};
 
 use crate::abi::{
-    Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, LOOPBACK_ENTRY, Loopback, Mode,
-    NO_ENTRY, RULE_LEASED, RULES_PER_SET, Reason, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, INHERITED, LOOPBACK_ENTRY, Leaf,
+    Loopback, Mode, NO_ENTRY, RULE_LEASED, RULES_PER_SET, Reason, Rule, RuleSet, SERVE,
+    SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -71,8 +72,8 @@ pub enum Peer {
 /// The tables, in the kernel or in memory.
 pub trait Rules {
     /// The rule set of the longest prefix of `addr` in `space` (an exact address is one of 128
-    /// bits): its index in the table.
-    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32>;
+    /// bits).
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<Leaf>;
     /// A block of rules.
     fn rule_set(&self, index: u32) -> Option<&RuleSet>;
     /// Whose socket a loopback attempt would reach. Asked only where the answer decides.
@@ -114,12 +115,26 @@ pub enum Decision {
 struct Found {
     deadline: u64,
     entry: u32,
-    /// See [`crate::abi::Rule::tail`].
-    tail: u32,
-    /// An [`Effect`], or one of the constants below.
-    effect: u8,
-    /// See [`crate::abi::Rule::flags`].
-    flags: u8,
+    /// The rest in one word, for the sake of the stack: an [`Effect`] or one of the constants below,
+    /// then [`crate::abi::Rule::flags`], and in the upper half [`crate::abi::Rule::tail`].
+    rest: u64,
+}
+
+impl Found {
+    #[inline(always)]
+    const fn effect(&self) -> u8 {
+        self.rest as u8
+    }
+
+    #[inline(always)]
+    const fn flags(&self) -> u8 {
+        (self.rest >> 8) as u8
+    }
+
+    #[inline(always)]
+    const fn tail(&self) -> u64 {
+        self.rest >> 32
+    }
 }
 
 const IPPROTO_TCP: u8 = 6;
@@ -159,43 +174,41 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     let mut found = Found {
         deadline: 0,
         entry: NO_ENTRY,
-        tail: 0,
-        effect: NOTHING,
-        flags: 0,
+        rest: NOTHING as u64,
     };
     let mut inner = attempt.addr;
     if embedded(&attempt.addr, &mut inner) != 0 {
-        find(
+        let _ = find(
             rules,
             row.policy,
             &inner,
             asked(class, attempt.port),
             &mut found,
         );
-        if found.effect == BROKEN {
+        if found.effect() == BROKEN {
             return Decision::Fault(Cause::NoRuleSet);
         }
-        if found.effect == Effect::Floor as u8 {
+        if found.effect() == Effect::Floor as u8 {
             return Decision::Deny {
                 reason: Reason::Floor,
                 entry: found.entry,
             };
         }
-        if found.effect == Effect::Deny as u8 {
+        if found.effect() == Effect::Deny as u8 {
             return lift(row, Reason::Denied, found.entry);
         }
     }
 
     let mut expired = NO_ENTRY;
     let mut leased = 0;
-    find(
+    let _ = find(
         rules,
         row.policy,
         &attempt.addr,
         asked(class, attempt.port),
         &mut found,
     );
-    match (found.effect, Effect::from_byte(found.effect)) {
+    match (found.effect(), Effect::from_byte(found.effect())) {
         (NOTHING, _) => {}
         (_, Some(Effect::Floor)) => {
             return Decision::Deny {
@@ -218,10 +231,10 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
                 };
             }
             expired = found.entry;
-            leased = found.flags & RULE_LEASED;
+            leased = found.flags() & RULE_LEASED;
             if leased != 0
                 && goes_on(attempt)
-                && attempt.now - found.deadline < found.tail as u64 * 1_000_000_000
+                && attempt.now - found.deadline < found.tail() * 1_000_000_000
             {
                 return now(found.entry);
             }
@@ -234,11 +247,11 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         && attempt.tcp_flags & (SYN | ACK) != SYN
     {
         let asked = asked(class, attempt.local_port);
-        find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
-        if found.effect == BROKEN {
+        let _ = find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
+        if found.effect() == BROKEN {
             return Decision::Fault(Cause::NoRuleSet);
         }
-        if found.effect == Effect::Allow as u8 {
+        if found.effect() == Effect::Allow as u8 {
             return now(found.entry);
         }
     }
@@ -339,38 +352,49 @@ const fn asked(class: u8, port: u16) -> u64 {
 
 /// Finds the rule for an address, class and port. A function of its own, all of whose ways out
 /// look the same to the verifier. The chain and each block are bounded, so that it can walk them.
+///
+/// The number that it returns says nothing: without one the compiler may leave an address of the
+/// stack in the register for it, which Linux 6.1 refuses.
 #[inline(never)]
-fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) {
-    let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
-    let (mut tail, mut flags) = (0, 0);
-    if let Some(mut index) = rules.rule_set_for(space, addr) {
-        effect = BROKEN;
+fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) -> u32 {
+    let (mut rest, mut entry, mut deadline) = (NOTHING as u64, NO_ENTRY, 0);
+    if let Some(leaf) = rules.rule_set_for(space, addr) {
+        rest = BROKEN as u64;
+        let mut index = leaf.set;
         for _ in 0..SETS_PER_ADDRESS {
             let Some(set) = rules.rule_set(index) else {
                 break;
             };
-            let hit = matching(set, (asked >> 16) as i64, (asked & 0xffff) as i64);
+            let (class, port) = ((asked >> 16) as i64, (asked & 0xffff) as i64);
+            // Most addresses have one rule; the others of a block lie in other lines of the cache.
+            let hit = if set.len == 1 {
+                hide(missed(&set.rules[0], class, port) ^ 1)
+            } else {
+                matching(set, class, port)
+            };
             if hit != 0 {
                 // Masked again where the compiler cannot see that it need not be: the verifier of
                 // 6.1 cannot follow the arithmetic that bounds the number.
                 let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
                 let rule = &set.rules[at];
-                (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
-                (tail, flags) = (rule.tail, rule.flags);
+                (entry, deadline) = (rule.entry, rule.deadline);
+                rest = rule.effect as u64 | (rule.flags as u64) << 8 | (rule.tail as u64) << 32;
+                if entry == INHERITED {
+                    entry = leaf.entry;
+                }
                 break;
             }
             if set.next == 0 {
-                effect = NOTHING;
+                rest = NOTHING as u64;
                 break;
             }
             index = hide32(set.next - 1);
         }
     }
-    found.effect = hide8(effect);
     found.entry = hide32(entry);
     found.deadline = hide(deadline);
-    found.tail = hide32(tail);
-    found.flags = hide8(flags);
+    found.rest = hide(rest);
+    hide32(0)
 }
 
 /// One bit for each rule of a block that matches: at most one is set, and never that of an unused
@@ -378,18 +402,23 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
 /// combination of outcomes over all rules, and give up at a million instructions.
 #[inline(always)]
 fn matching(set: &RuleSet, class: i64, port: i64) -> u64 {
-    let mut missed = 0_u64;
+    let mut misses = 0_u64;
     for i in 0..RULES_PER_SET {
-        let rule = &set.rules[i];
-        let own = rule.class as i64;
-        let apart = own - class;
-        // Each is negative when its condition does not hold.
-        let below = port - rule.low as i64;
-        let above = rule.high as i64 - port;
-        let other = -(own * apart * apart);
-        missed |= ((below | above | other) as u64 >> 63) << i;
+        misses |= missed(&set.rules[i], class, port) << i;
     }
-    !missed & 0xff
+    !misses & 0xff
+}
+
+/// 1 where a rule does not match.
+#[inline(always)]
+const fn missed(rule: &Rule, class: i64, port: i64) -> u64 {
+    let own = rule.class as i64;
+    let apart = own - class;
+    // Each is negative when its condition does not hold.
+    let below = port - rule.low as i64;
+    let above = rule.high as i64 - port;
+    let other = -(own * apart * apart);
+    (below | above | other) as u64 >> 63
 }
 
 const _: () = assert!(

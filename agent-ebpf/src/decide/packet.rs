@@ -80,36 +80,36 @@ pub fn parse<B: Bytes>(bytes: &B, packet: &mut Packet) -> Result<(), Cause> {
     }
 }
 
-/// Where a packet goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
-    /// Destination, [`Addr::effective`].
-    pub destination: Addr,
-    /// TCP or UDP.
-    pub protocol: u8,
-    /// Destination port in host order.
-    pub port: u16,
+/// Reads where an everyday packet goes, TCP or UDP right behind a plain header, to an address as it
+/// stands: destination, protocol and port. False says nothing but that [`parse`] must be asked;
+/// where it is true, `parse` says the same.
+#[inline(always)]
+pub fn glance<B: Bytes>(bytes: &B, packet: &mut Packet) -> bool {
+    let Some((destination, protocol, port)) = flow(bytes) else {
+        return false;
+    };
+    packet.destination = destination;
+    packet.protocol = protocol;
+    packet.port = port;
+    true
 }
 
-/// Reads where an everyday packet goes: TCP or UDP right behind a plain header, to an address as it
-/// stands. None says nothing but that [`parse`] must be asked; where there is something, `parse`
-/// says the same.
 #[inline(always)]
-pub fn glance<B: Bytes>(bytes: &B) -> Option<Flow> {
+fn flow<B: Bytes>(bytes: &B) -> Option<(Addr, u8, u16)> {
     // What lies farthest first, so that one check of the length serves all.
     let v4_ports = bytes.word(20)?;
     let [first, ..] = bytes.word(0)?.to_ne_bytes();
     if first == 0x45 {
-        return glance_v4(bytes, v4_ports);
+        return flow_v4(bytes, v4_ports);
     }
     if first >> 4 == 6 {
-        return glance_v6(bytes);
+        return flow_v6(bytes);
     }
     None
 }
 
 #[inline(always)]
-fn glance_v4<B: Bytes>(bytes: &B, ports: u32) -> Option<Flow> {
+fn flow_v4<B: Bytes>(bytes: &B, ports: u32) -> Option<(Addr, u8, u16)> {
     /// The 13 bits of a fragment's offset, in the word that they share with the identification.
     const OFFSET: u32 = u32::from_ne_bytes([0, 0, 0x1f, 0xff]);
     if bytes.word(4)? & OFFSET != 0 {
@@ -120,15 +120,12 @@ fn glance_v4<B: Bytes>(bytes: &B, ports: u32) -> Option<Flow> {
     if destination == 0 || !has_header(bytes, protocol, 20) {
         return None;
     }
-    Some(Flow {
-        destination: Addr::from_v4_word(destination),
-        protocol,
-        port: u32::from_be(ports) as u16,
-    })
+    let destination = Addr::from_v4_word(destination);
+    Some((destination, protocol, u32::from_be(ports) as u16))
 }
 
 #[inline(always)]
-fn glance_v6<B: Bytes>(bytes: &B) -> Option<Flow> {
+fn flow_v6<B: Bytes>(bytes: &B) -> Option<(Addr, u8, u16)> {
     let ports = bytes.word(40)?;
     let [_, _, protocol, _] = bytes.word(4)?.to_ne_bytes();
     let words = [
@@ -141,11 +138,42 @@ fn glance_v6<B: Bytes>(bytes: &B) -> Option<Flow> {
     if is_unspecified || !has_header(bytes, protocol, 40) {
         return None;
     }
-    Some(Flow {
-        destination: Addr { words },
-        protocol,
-        port: u32::from_be(ports) as u16,
-    })
+    Some((Addr { words }, protocol, u32::from_be(ports) as u16))
+}
+
+/// Reads the rest of a packet that [`glance`] has told of; false where it cannot.
+#[inline(always)]
+pub fn complete<B: Bytes>(bytes: &B, packet: &mut Packet) -> bool {
+    let Some(first) = bytes.word(0) else {
+        return false;
+    };
+    let offset = if first.to_ne_bytes()[0] == 0x45 {
+        let Some(source) = bytes.word(12) else {
+            return false;
+        };
+        packet.source = Addr::from_v4_word(source);
+        20
+    } else {
+        for (at, word) in packet.source.words.iter_mut().enumerate() {
+            let Some(read) = bytes.word(8 + 4 * at) else {
+                return false;
+            };
+            *word = read;
+        }
+        40
+    };
+    let Some(ports) = bytes.word(offset) else {
+        return false;
+    };
+    packet.source_port = (u32::from_be(ports) >> 16) as u16;
+    packet.tcp_flags = 0;
+    if packet.protocol == 6 {
+        let Some(word) = bytes.word(offset + 12) else {
+            return false;
+        };
+        packet.tcp_flags = word.to_ne_bytes()[1];
+    }
+    true
 }
 
 /// Whether this is UDP, or TCP with its flags at hand, as [`parse`] wants them.
@@ -378,15 +406,13 @@ mod tests {
         }
         for bytes in packets {
             let slice = Slice(&bytes);
-            if let Some(flow) = glance(&slice) {
+            let mut whole = Packet::BLANK;
+            if glance(&slice, &mut whole) {
                 told += 1;
-                let packet = parse(&slice).unwrap();
-                assert_eq!(flow.destination, packet.destination.effective());
-                assert_eq!(
-                    (flow.protocol, flow.port),
-                    (packet.protocol, packet.port),
-                    "{bytes:?}"
-                );
+                let mut packet = parse(&slice).unwrap();
+                packet.destination = packet.destination.effective();
+                assert!(complete(&slice, &mut whole), "{bytes:?}");
+                assert_eq!(whole, packet, "{bytes:?}");
             }
         }
         assert!(told > 20, "{told}");

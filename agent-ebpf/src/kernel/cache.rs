@@ -3,6 +3,10 @@
 //! such a verdict depends on. A slot is void when the agent's word or the attribution epoch has
 //! moved on since *before* its verdict was reached, or its time is up.
 //!
+//! Refusals are remembered here too, for connect alone, so that a program that tries again and again
+//! costs little. Only `out_of_scope`, which nothing but a change of the agent, of attribution or of
+//! its leases turns into an allow; each of the three voids the slot.
+//!
 //! Reading the clock costs more than all the rest of a hit (41 ns), so a slot whose end is not near
 //! has it compared once a tick. The tick stands still while the machine is suspended, the clock
 //! does not: what ended meanwhile passes for the rest of one tick afterwards.
@@ -10,7 +14,7 @@
 use agent_ebpf::abi::{Addr, CACHE_NANOS, CACHE_PLACES, Slot, Slots, TICK_NANOS};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns};
 
-use super::maps::{CACHE, epoch, word};
+use super::maps::{CACHE, epoch, leases, word};
 
 /// What a verdict is remembered by.
 #[derive(Clone, Copy)]
@@ -50,6 +54,9 @@ fn halves(addr: &Addr) -> (u64, u64) {
         u64::from(c) | u64::from(d) << 32,
     )
 }
+
+/// Bit of [`Slot::flow`]: the slot is a refusal.
+const REFUSAL: u32 = 1 << 31;
 
 impl Question<'_> {
     #[inline(always)]
@@ -94,7 +101,7 @@ fn slot(place: *mut Slots, number: usize) -> *mut Slot {
 
 /// Whether a slot is about this question, whatever it says.
 #[inline(always)]
-fn is_about(slot: *mut Slot, question: &Question<'_>) -> bool {
+fn is_about(slot: *mut Slot, question: &Question<'_>, flow: u32) -> bool {
     let (high, low) = halves(question.addr);
     // SAFETY: a checked map value; nothing is read yet.
     let addr = unsafe { &raw const (*slot).addr }.cast::<u64>();
@@ -103,7 +110,7 @@ fn is_about(slot: *mut Slot, question: &Question<'_>) -> bool {
     get!(slot.cgroup) == question.cgroup
         && second == low
         && first == high
-        && get!(slot.flow) == question.flow()
+        && get!(slot.flow) == flow
 }
 
 const _: () = assert!(core::mem::offset_of!(Slot, addr).is_multiple_of(8));
@@ -112,7 +119,7 @@ const _: () = assert!(core::mem::offset_of!(Slot, addr).is_multiple_of(8));
 #[inline(always)]
 fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<u32> {
     let sequence = get!(slot.sequence);
-    if sequence & 1 != 0 || !is_about(slot, question) {
+    if sequence & 1 != 0 || !is_about(slot, question, question.flow()) {
         return None;
     }
     let agent = get!(slot.agent);
@@ -145,17 +152,72 @@ pub fn hit(question: &Question<'_>) -> Option<u32> {
     }
 }
 
-/// Remembers an allow. `row` and `epoch` are those read before the tables were.
+/// The agent that may not, and that was told so within the last second, if this slot says so.
 #[inline(always)]
-pub fn remember(question: &Question<'_>, agent: u32, row: u64, epoch: u64, now: u64, until: u64) {
+fn ask_refusal(slot: *mut Slot, question: &Question<'_>, now: u64) -> Option<u32> {
+    let sequence = get!(slot.sequence);
+    if sequence & 1 != 0 || !is_about(slot, question, question.flow() | REFUSAL) {
+        return None;
+    }
+    let agent = get!(slot.agent);
+    if get!(slot.row) != word(agent)
+        || get!(slot.epoch) != epoch()
+        || get!(slot.leases) != leases()
+        || now >= get!(slot.deadline)
+        || get!(slot.sequence) != sequence
+    {
+        return None;
+    }
+    Some(agent)
+}
+
+/// The agent that may not, if the cache knows.
+#[inline(always)]
+pub fn refusal(question: &Question<'_>, now: u64) -> Option<u32> {
+    let place = question.place()?;
+    match ask_refusal(slot(place, 0), question, now) {
+        Some(agent) => Some(agent),
+        None => ask_refusal(slot(place, 1), question, now),
+    }
+}
+
+/// What a verdict was reached from: all of it read before the tables were.
+#[derive(Clone, Copy)]
+pub struct Basis {
+    /// The agent.
+    pub agent: u32,
+    /// Low half of the count of leases.
+    pub leases: u32,
+    /// The agent's word.
+    pub word: u64,
+    /// The attribution epoch.
+    pub epoch: u64,
+    /// Boot time.
+    pub now: u64,
+}
+
+/// Remembers an allow, until `until` at most.
+#[inline(always)]
+pub fn remember(question: &Question<'_>, basis: &Basis, until: u64) {
+    write(question, basis, until, question.flow());
+}
+
+/// Remembers an `out_of_scope`.
+#[inline(always)]
+pub fn remember_refusal(question: &Question<'_>, basis: &Basis, until: u64) {
+    write(question, basis, until, question.flow() | REFUSAL);
+}
+
+#[inline(always)]
+fn write(question: &Question<'_>, basis: &Basis, until: u64, flow: u32) {
     let Some(place) = question.place() else {
         return;
     };
     let (first, second) = (slot(place, 0), slot(place, 1));
     // The slot that is about the same, else the one that ends sooner, which is the older one.
-    let slot = if is_about(first, question) {
+    let slot = if is_about(first, question, flow) {
         first
-    } else if is_about(second, question) || get!(second.deadline) < get!(first.deadline) {
+    } else if is_about(second, question, flow) || get!(second.deadline) < get!(first.deadline) {
         second
     } else {
         first
@@ -165,16 +227,17 @@ pub fn remember(question: &Question<'_>, agent: u32, row: u64, epoch: u64, now: 
         // Another context on this CPU was interrupted while it wrote the slot: leave it alone.
         return;
     }
-    let end = now + CACHE_NANOS;
+    let end = basis.now + CACHE_NANOS;
     set!(slot.sequence = sequence.wrapping_add(1));
     set!(slot.cgroup = question.cgroup);
     set!(slot.addr = *question.addr);
-    set!(slot.row = row);
-    set!(slot.epoch = epoch);
+    set!(slot.row = basis.word);
+    set!(slot.epoch = basis.epoch);
     set!(slot.deadline = if until < end { until } else { end });
     // Of the past: the next hit compares the deadline.
     set!(slot.tick = tick().wrapping_sub(1));
-    set!(slot.agent = agent);
-    set!(slot.flow = question.flow());
+    set!(slot.agent = basis.agent);
+    set!(slot.flow = flow);
+    set!(slot.leases = basis.leases);
     set!(slot.sequence = sequence.wrapping_add(2));
 }

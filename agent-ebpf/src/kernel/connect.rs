@@ -2,9 +2,9 @@
 //! exists; at egress a refused TCP opening would only hang.
 
 use agent_ebpf::{
-    abi::{Addr, Cause, DNS_PORT, Hook, UNREGISTERED, Verdict, Witness},
+    abi::{Addr, Cause, DNS_PORT, Hook, Reason, UNREGISTERED, Verdict, Witness},
     decide::Attempt,
-    verifier::{hide_addr, hide8, hide16},
+    verifier::{hide_addr, hide8, hide16, hide32},
 };
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr,
@@ -91,7 +91,7 @@ fn remember(ctx: &SockAddrContext, addr: &Addr, port: u16) {
     emit::remember_connected(cookie, addr, port);
 }
 
-/// What the cache does not know.
+/// What the cache does not allow.
 #[inline(always)]
 fn slowly(
     ctx: &SockAddrContext,
@@ -113,10 +113,14 @@ fn slowly(
         protocol,
         hook,
         tcp_flags: 0,
-        now: 0,
+        now: cache::boot_now(),
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    ask(ctx, &mut attempt, &mut who, &mut ruling);
+    if again(&attempt, &mut who) != 0 {
+        ruling = Ruling::deny(Reason::OutOfScope);
+    } else {
+        ask(ctx, &mut attempt, &mut who, &mut ruling);
+    }
     if ruling.verdict == ALLOW {
         remember(ctx, &addr, port);
         emit::allowed(who.agent);
@@ -129,6 +133,30 @@ fn slowly(
     }
     log(ctx, who.agent, ruling.reason);
     REFUSE
+}
+
+/// Whether this was refused a moment ago, and whom.
+#[inline(never)]
+fn again(attempt: &Attempt, who: &mut Who) -> u32 {
+    let question = question(attempt, who.cgroup);
+    let Some(agent) = cache::refusal(&question, attempt.now) else {
+        return hide32(0);
+    };
+    who.agent = hide32(agent);
+    if let Some(row) = maps::row(maps::word(agent)) {
+        who.policy = row.policy;
+    }
+    hide32(1)
+}
+
+#[inline(always)]
+fn question(attempt: &Attempt, cgroup: u64) -> cache::Question<'_> {
+    cache::Question {
+        cgroup,
+        addr: &attempt.addr,
+        port: attempt.port,
+        protocol: attempt.protocol,
+    }
 }
 
 /// For debugging; a function of its own for the sake of the stack.
@@ -144,14 +172,13 @@ struct Who {
     policy: u64,
 }
 
-/// Asks the tables, and remembers an allow that may be.
+/// Asks the tables, and remembers what may be.
 #[inline(never)]
 fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
     // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
-    let epoch = maps::epoch();
+    let (epoch, leases) = (maps::epoch(), maps::leases());
     who.agent = identity::of_current(who.cgroup);
     let word = maps::word(who.agent);
-    attempt.now = cache::boot_now();
     let Some(row) = maps::row(word) else {
         return;
     };
@@ -163,15 +190,18 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
         },
     };
     rule(&tables, row, attempt, ruling);
-    dns::spare(ctx, row, attempt, ruling);
+    let _ = dns::spare(ctx, row, attempt, ruling);
+    let basis = cache::Basis {
+        agent: who.agent,
+        leases,
+        word,
+        epoch,
+        now: attempt.now,
+    };
     if ruling.cacheable != 0 {
-        let question = cache::Question {
-            cgroup: who.cgroup,
-            addr: &attempt.addr,
-            port: attempt.port,
-            protocol: attempt.protocol,
-        };
-        cache::remember(&question, who.agent, word, epoch, attempt.now, ruling.until);
+        cache::remember(&question(attempt, who.cgroup), &basis, ruling.until);
+    } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
+        cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }
 }
 

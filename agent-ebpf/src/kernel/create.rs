@@ -6,9 +6,7 @@ use agent_ebpf::{
     decide::socket::{SOCK_STREAM, is_plain, may_create},
 };
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::generated::bpf_get_socket_cookie,
-    macros::cgroup_sock,
+    EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock,
     programs::SockContext,
 };
 

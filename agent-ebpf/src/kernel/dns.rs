@@ -130,7 +130,7 @@ pub fn look_up(ctx: &SockAddrContext, addr: &Addr, hook: Hook) -> u32 {
     }
     if port == UNGUARDED {
         let protocol = field!(ctx.sock_addr, protocol);
-        report(addr, agent, hook, protocol as u8);
+        let _ = report(addr, agent, hook, protocol as u8);
         return hide32(UNGUARDED);
     }
     redirect(ctx, addr, hook, port);
@@ -268,9 +268,10 @@ fn unguarded() -> Ruling {
     Ruling::fault(Cause::NoGuard)
 }
 
-/// Whether a packet is one that [`turn`] sent on its way: then its sender is noted, and it may pass.
+/// Whether a packet is one that [`turn`] sent on its way: then its sender is noted, it is counted,
+/// and it may pass.
 #[inline(never)]
-pub fn carries(ctx: &SkBuffContext, packet: &Packet, who: &mut u32) -> u32 {
+pub fn carries(ctx: &SkBuffContext, packet: &Packet) -> u32 {
     if !packet.destination.is_loopback() || !matches!(packet.protocol, IPPROTO_TCP | IPPROTO_UDP) {
         return hide32(0);
     }
@@ -312,8 +313,8 @@ pub fn carries(ctx: &SkBuffContext, packet: &Packet, who: &mut u32) -> u32 {
     if opens && is_guarded_skb(ctx, packet, endpoint, agent) == 0 {
         return hide32(0);
     }
-    *who = agent;
-    note(packet, place, now);
+    emit::allowed(agent);
+    let _ = note(packet, place, now);
     hide32(1)
 }
 
@@ -335,7 +336,7 @@ fn is_guarded_skb(ctx: &SkBuffContext, packet: &Packet, endpoint: u64, agent: u3
 
 /// Notes whose socket a packet to an endpoint is from.
 #[inline(never)]
-fn note(packet: &Packet, asked: *mut Asked, now: u64) {
+fn note(packet: &Packet, asked: *mut Asked, now: u64) -> u32 {
     // SAFETY: the storage of a socket that the packet holds; other packets of it write the same.
     unsafe { (&raw mut (*asked).time).write_volatile(now) };
     // SAFETY: as above.
@@ -350,6 +351,7 @@ fn note(packet: &Packet, asked: *mut Asked, now: u64) {
     // From storage to map without a copy on the stack, of which 6.1 has too little.
     // Where it cannot be noted the question is nobody's, and refused.
     let _lost = ASKERS_MAP.insert(&asker, asked, 0);
+    hide32(0)
 }
 
 /// Refuses what loopback would let through to a socket of the guard: only [`carries`] leads there.
@@ -365,15 +367,16 @@ fn closes(row: &AgentRow, attempt: &Attempt, ruling: &Ruling) -> bool {
 
 /// At connect; see [`closes`].
 #[inline(never)]
-pub fn spare(ctx: &SockAddrContext, row: &AgentRow, attempt: &Attempt, ruling: &mut Ruling) {
+pub fn spare(ctx: &SockAddrContext, row: &AgentRow, attempt: &Attempt, ruling: &mut Ruling) -> u32 {
     if !closes(row, attempt, ruling) {
-        return;
+        return hide32(0);
     }
     let sk: *mut bpf_sock = look_up!(ctx.as_ptr(), attempt, &attempt.addr);
     if sk.is_null() {
-        return;
+        return hide32(0);
     }
     settle(sk, ruling);
+    hide32(0)
 }
 
 /// At egress; see [`closes`].
@@ -384,15 +387,16 @@ pub fn spare_packet(
     attempt: &Attempt,
     source: &Addr,
     ruling: &mut Ruling,
-) {
+) -> u32 {
     if !closes(row, attempt, ruling) {
-        return;
+        return hide32(0);
     }
     let sk: *mut bpf_sock = look_up!(ctx.as_ptr(), attempt, source);
     if sk.is_null() {
-        return;
+        return hide32(0);
     }
     settle(sk, ruling);
+    hide32(0)
 }
 
 #[inline(always)]
@@ -447,7 +451,7 @@ fn send(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
 
 /// Reports a lookup for which there is no guard, and chooses the error.
 #[inline(never)]
-fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) {
+fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) -> u32 {
     let cgroup = identity::current_cgroup();
     let mut event = emit::blank(hook, agent, cgroup, cache::boot_now());
     unguarded().fill(&mut event);
@@ -465,6 +469,7 @@ fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) {
     event.pid = emit::pid();
     event.witness = Witness::Current as u8;
     emit::report(&mut event, Naming::Current);
+    hide32(0)
 }
 
 // === the way back ===

@@ -11,9 +11,7 @@ use agent_ebpf::{
 };
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{
-        generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id},
-    },
+    helpers::generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id},
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
@@ -115,26 +113,30 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
     let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
     let data = field!(skb, data) as usize;
     let end = field!(skb, data_end) as usize;
-    if let Some(flow) = packet::glance(&Linear { data, end }) {
+    let bytes = Linear { data, end };
+    let mut packet = Packet::BLANK;
+    let mut is_told = false;
+    if packet::glance(&bytes, &mut packet) {
         let question = cache::Question {
             cgroup,
-            addr: &flow.destination,
-            port: flow.port,
-            protocol: flow.protocol,
+            addr: &packet.destination,
+            port: packet.port,
+            protocol: packet.protocol,
         };
         if let Some(agent) = cache::hit(&question) {
             emit::allowed(agent);
             return PASS;
         }
+        is_told = packet::complete(&bytes, &mut packet);
     }
-    slowly(&ctx, cgroup)
+    let cause = if is_told { 0 } else { read(&ctx, &mut packet) };
+    slowly(&ctx, cgroup, &mut packet, hide32(cause))
 }
 
 /// What the cache does not know. Inlined: its frame would be one too many for Linux 6.1, which has
 /// 512 bytes of stack for all frames of a way.
 #[inline(always)]
-fn slowly(ctx: &SkBuffContext, cgroup: u64) -> i32 {
-    let mut packet = Packet::BLANK;
+fn slowly(ctx: &SkBuffContext, cgroup: u64, packet: &mut Packet, cause: u32) -> i32 {
     let mut who = Who {
         agent: UNREGISTERED,
         cgroup,
@@ -146,27 +148,25 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64) -> i32 {
         word: 0,
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    let cause = read(ctx, &mut packet);
     if cause == 0 {
-        if dns::carries(ctx, &packet, &mut who.agent) != 0 {
-            emit::allowed(who.agent);
+        if dns::carries(ctx, packet) != 0 {
             return PASS;
         }
-        judge(ctx, &packet, &mut who, &mut ruling);
+        judge(ctx, packet, &mut who, &mut ruling);
     } else {
         ruling.cause = cause as u8;
         who.agent = identity::of_skb(ctx.skb.skb, cgroup);
         who.now = cache::boot_now();
-        glimpse(ctx, &mut packet);
+        glimpse(ctx, packet);
     }
     if ruling.verdict == ALLOW {
         if ruling.cacheable != 0 {
-            remember(&packet, &who, ruling.until);
+            remember(packet, &who, ruling.until);
         }
         emit::allowed(who.agent);
         return PASS;
     }
-    report(ctx, &packet, &ruling, &who);
+    report(ctx, packet, &ruling, &who);
     log(ctx, who.agent, ruling.reason);
     if ruling.verdict == Verdict::Monitored as u8 {
         PASS
@@ -200,7 +200,7 @@ fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Rulin
         source: &packet.source,
     };
     rule(&Tables { peer }, row, &attempt, ruling);
-    dns::spare_packet(ctx, row, &attempt, &packet.source, ruling);
+    let _ = dns::spare_packet(ctx, row, &attempt, &packet.source, ruling);
 }
 
 /// Remembers an allow.
@@ -212,7 +212,14 @@ fn remember(packet: &Packet, who: &Who, until: u64) {
         port: packet.port,
         protocol: packet.protocol,
     };
-    cache::remember(&question, who.agent, who.word, who.epoch, who.now, until);
+    let basis = cache::Basis {
+        agent: who.agent,
+        leases: 0,
+        word: who.word,
+        epoch: who.epoch,
+        now: who.now,
+    };
+    cache::remember(&question, &basis, until);
 }
 
 /// For debugging; a function of its own for the sake of the stack.

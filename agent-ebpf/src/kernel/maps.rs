@@ -6,8 +6,8 @@ use core::ffi::c_void;
 use agent_ebpf::{
     abi::{
         ASKERS, Addr, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters,
-        Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, OWNERS, Owner, Question,
-        RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
+        Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf, OWNERS, Owner,
+        Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };
@@ -22,9 +22,10 @@ use aya_ebpf::{
 #[map(name = "claims")]
 pub static CLAIMS: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0);
 
-/// One word: goes up when an attribution changes, which makes every cached verdict stale.
+/// Two words. The first goes up when an attribution changes, which makes every cached verdict
+/// stale; the second when a lease is added, which makes cached refusals stale.
 #[map(name = "epoch")]
-pub static EPOCH: Array<u64> = Array::with_max_entries(1, 0);
+pub static EPOCH: Array<u64> = Array::with_max_entries(2, 0);
 
 /// Agent to its word: the index of its row and a generation. One aligned store flips an agent to
 /// a new state, so no hook ever sees half of one. Set at load.
@@ -44,11 +45,11 @@ pub static ROWS: Array<AgentRow> = Array::with_max_entries(4096, 0);
 /// Exact addresses to rule sets: a hash look-up is a tenth of a cold LPM one. Not preallocated:
 /// most hosts use little of it. Set at load.
 #[map(name = "exacts")]
-pub static EXACTS: HashMap<ScopeKey, u32> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+pub static EXACTS: HashMap<ScopeKey, Leaf> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 
 /// Prefixes to rule sets; the scope's id comes first and must match in full. Set at load.
 #[map(name = "prefixes")]
-pub static PREFIXES: LpmTrie<ScopeKey, u32> = LpmTrie::with_max_entries(16384, 0);
+pub static PREFIXES: LpmTrie<ScopeKey, Leaf> = LpmTrie::with_max_entries(16384, 0);
 
 /// Rule sets, shared by all scopes that say the same of an address. Set at load.
 #[map(name = "rulesets")]
@@ -177,6 +178,16 @@ pub fn epoch() -> u64 {
     }
 }
 
+/// The count of leases ever added, its lower half.
+#[inline(always)]
+pub fn leases() -> u32 {
+    match EPOCH.get_ptr(1) {
+        // SAFETY: as above.
+        Some(leases) => unsafe { leases.read_volatile() as u32 },
+        None => 0,
+    }
+}
+
 /// The tables as [`Rules`], with `P` to tell whose a loopback peer is.
 pub struct Tables<P> {
     pub peer: P,
@@ -189,11 +200,11 @@ pub trait FindPeer {
 
 impl<P: FindPeer> Rules for Tables<P> {
     #[inline(always)]
-    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32> {
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<Leaf> {
         let key = ScopeKey { space, addr: *addr };
-        // SAFETY: the value is a plain integer, copied at once; an update replaces it whole.
-        if let Some(index) = unsafe { EXACTS.get(key) } {
-            return Some(*index);
+        // SAFETY: the value is plain data, copied at once; an update replaces it whole.
+        if let Some(leaf) = unsafe { EXACTS.get(key) } {
+            return Some(*leaf);
         }
         PREFIXES.get(Key::new(SPACE_BITS + 128, key)).copied()
     }

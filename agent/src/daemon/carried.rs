@@ -114,7 +114,7 @@ impl Core {
                 agent = id,
                 gone = all - sound.len()
             );
-            let mut image = self.image(&self.force, &tables);
+            let mut image = self.image(&tables);
             image.leases = sound;
             image.fresh = true;
             if let Err(error) = self.enforcer.apply_one(image) {

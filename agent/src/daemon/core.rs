@@ -4,14 +4,15 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use agent_ebpf::abi::ABI_VERSION;
 use tokio::sync::mpsc;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
-    DaemonError, Options,
+    DaemonError, Options, SETTLE_EVERY,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
     keeping::clocks_before,
+    laps::Laps,
     lock::RootLock,
     lookups::Lookups,
     names::{self, Names},
@@ -62,6 +63,9 @@ pub struct Core {
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
+    laps: Laps,
+    /// What the compiler remembers of the registry in force.
+    pub(super) memory: policy::Memory,
 }
 
 /// At least the room that there is.
@@ -120,13 +124,18 @@ impl Core {
         if settings.enforcement.containment == Containment::Require {
             return Err(DaemonError::Containment);
         }
+        let mut laps = Laps::start();
         let hierarchy = hierarchy(settings)?;
         let mut store = Store::open(&settings.paths.state, &settings.paths.registry);
         let loaded = store.load(wall_millis());
         let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
+        laps.done("state");
         let files = registry::read(&settings.paths);
+        laps.done("files");
         let whether = registry::names(settings);
-        let compiled = policy::compile_on(&files.sources, wall_millis(), whether);
+        let mut memory = policy::Memory::default();
+        let compiled = memory.compile(&files.sources, wall_millis(), whether);
+        laps.done("compile");
         let enforcement = &settings.enforcement;
         let force = force::start(
             &files,
@@ -135,12 +144,16 @@ impl Core {
             &loaded.holds,
             stance(settings),
         )?;
+        laps.done("merge");
         let (guard, lookups) = Names::start(settings, offset);
         let mut images = force.images(&offset.clock());
         let mut uses_names = false;
         for image in &mut images {
-            uses_names |= names::mark(&guard, &force, image);
+            if let Some(agent) = force.agents.get(&image.id) {
+                uses_names |= names::mark(&guard, &agent.tables, image);
+            }
         }
+        laps.done("images");
 
         let tuning = Tuning {
             kernel_log: options.kernel_log,
@@ -159,6 +172,7 @@ impl Core {
         }
         let mut enforcer =
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
+        laps.done("load");
         let adopted = enforcer.born_before_us();
         enforcer.guard_names(uses_names)?;
         match enforcer.apply(&images) {
@@ -167,6 +181,7 @@ impl Core {
             }
             applied => drop(applied?),
         }
+        laps.done("tables");
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -192,6 +207,7 @@ impl Core {
         if adopted {
             resume(&mut recorder, &enforcer, &violations);
         }
+        laps.done("logs");
 
         let selectors = Arc::new(selectors(&force, &enforcer)?);
         let mut core = Self {
@@ -219,12 +235,15 @@ impl Core {
             names: guard,
             lookups: Lookups::default(),
             damage: loaded.damage,
+            laps,
+            memory,
         };
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
         }
         core.expect_endings();
         core.attribute()?;
+        core.laps.done("cgroups");
         for root in core.roots.clone() {
             let directory = core.hierarchy.directory(&root);
             core.enforcer.fence(&root.to_string(), &directory)?;
@@ -233,7 +252,9 @@ impl Core {
             warn!(message = "The maps of before could not be removed yet.", %error);
         }
         core.check_leases(loaded.registry.as_ref());
-        core.self_test(None).map_err(DaemonError::SelfTest)?;
+        core.laps.done("fence");
+        core.self_test(None, None).map_err(DaemonError::SelfTest)?;
+        core.laps.done("self-test");
         Ok((core, lookups))
     }
 
@@ -280,10 +301,14 @@ impl Core {
         let damage = std::mem::take(&mut self.damage);
         self.damaged(&damage);
         self.watch_lead(true);
+        self.laps.done("trail and sockets");
         self.keep();
+        self.laps.done("keep");
         // What was in force before may have granted more.
         self.close_unreachable(None);
         self.follow_names();
+        self.laps.done("connections");
+        debug!(message = "Started.", took = %self.laps);
     }
 
     /// Writes the end down. The fence stays.
@@ -410,6 +435,12 @@ impl Core {
         self.recorder.drain(&mut self.enforcer);
         let unguarded = self.recorder.take_unguarded();
         self.unguarded(&unguarded);
+    }
+
+    /// Whether records came in within the last second. Then there may be more without a wake-up: a
+    /// CPU wakes the daemon at most once a millisecond. The first after a pause always does.
+    pub fn hears(&self) -> bool {
+        self.recorder.heard_within(SETTLE_EVERY)
     }
 
     /// Once a second. Returns whether the tables were written anew.

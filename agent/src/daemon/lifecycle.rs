@@ -320,21 +320,20 @@ impl Core {
 
     /// Puts one agent in force as the holds in memory have it. Nothing else changes.
     pub(super) fn put_in_force(&mut self, id: &str) -> Result<(), String> {
-        let next = self.force.held(&self.holds);
-        let Some(agent) = next.agents.get(id) else {
+        let Some(agent) = self.force.hold_one(id, &self.holds) else {
             return Err("it is not in the registry in force".to_owned());
         };
-        let image = self.image(&next, &agent.tables);
+        let image = self.image(&agent.tables);
         self.enforcer
             .apply_one(image)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.force = next;
+        self.force.put(id, agent);
         self.recorder.learn(
             &self.enforcer,
             self.force.revision,
             super::core::all(&self.force),
         );
-        if let Err(why) = self.self_test(Some(&[id.to_owned()])) {
+        if let Err(why) = self.self_test(Some(&[id.to_owned()]), None) {
             warn!(message = "The self-test fails.", why);
             self.problems
                 .insert("self-test", format!("the self-test fails: {why}"));

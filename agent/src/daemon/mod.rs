@@ -20,6 +20,7 @@ mod evidence;
 mod files;
 pub mod force;
 mod keeping;
+mod laps;
 mod leased;
 mod lifecycle;
 mod lock;
@@ -241,7 +242,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 }
                 core.drain();
             }
-            _ = drain.tick() => core.drain(),
+            _ = drain.tick(), if core.hears() => core.drain(),
             _ = settle.tick() => {
                 if core.settle() {
                     selectors = Some(core.selectors());

@@ -256,18 +256,15 @@ pub const RULE_SETS: u32 = 65_536;
 
 /// Has the kernel turn the lookups of an agent that uses names, and gives the image the leases that
 /// the guard knows. Returns whether it does.
-pub fn mark(names: &Names, force: &Force, image: &mut Image) -> bool {
+pub fn mark(names: &Names, tables: &AgentTables, image: &mut Image) -> bool {
     let Some(server) = &names.server else {
         return false;
     };
-    let Some(agent) = force.agents.get(&image.id) else {
-        return false;
-    };
-    if agent.tables.names.is_empty() {
+    if tables.names.is_empty() {
         return false;
     }
     image.row.flags |= FLAG_NAMES;
-    image.leases = rules(server.renew(&agent.tables));
+    image.leases = rules(server.renew(tables));
     true
 }
 
@@ -285,25 +282,26 @@ impl Core {
     pub(super) fn images(&self, force: &Force) -> Vec<Image> {
         let mut images = force.images(&self.offset.clock());
         for image in &mut images {
-            self.name(image, force);
+            if let Some(agent) = force.agents.get(&image.id) {
+                self.name(image, &agent.tables);
+            }
         }
         images
     }
 
     /// One agent of [`Self::images`].
-    pub(super) fn image(&self, force: &Force, tables: &AgentTables) -> Image {
+    pub(super) fn image(&self, tables: &AgentTables) -> Image {
         let mut image = force::image(tables, &self.offset.clock());
-        self.name(&mut image, force);
+        self.name(&mut image, tables);
         image
     }
 
-    fn name(&self, image: &mut Image, force: &Force) {
-        mark(&self.names, force, image);
+    fn name(&self, image: &mut Image, tables: &AgentTables) {
+        mark(&self.names, tables, image);
         // What leases open is a matter of the names; they have to be written anew with them.
-        let of = |force: &Force| force.agents.get(&image.id).map(|a| Arc::clone(&a.tables));
-        if let (Some(next), Some(now)) = (of(force), of(&self.force)) {
-            image.fresh = self.names.server().is_some() && now.names != next.names;
-        }
+        let now = self.force.agents.get(&image.id);
+        image.fresh = self.names.server().is_some()
+            && now.is_some_and(|now| now.tables.names != tables.names);
     }
 
     /// Whether some agent in force uses names, and the guard is there for it.

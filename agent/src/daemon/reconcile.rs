@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tracing::{error, warn};
@@ -25,6 +25,8 @@ pub struct DriftBook {
     /// What stands, by what tells it from other drift: since when.
     open: BTreeMap<(&'static str, String), Standing>,
     summary: DriftSummary,
+    /// When the last comparison ended, and how long it took.
+    last: Option<(Instant, Duration)>,
 }
 
 /// A difference that stands.
@@ -37,6 +39,12 @@ struct Standing {
 }
 
 impl DriftBook {
+    /// Whether nine times as long as the last comparison took has passed since.
+    fn is_due(&self) -> bool {
+        self.last
+            .is_none_or(|(ended, took)| ended.elapsed() >= took * 9)
+    }
+
     /// In short.
     pub fn summary(&self) -> DriftSummary {
         self.summary
@@ -44,11 +52,14 @@ impl DriftBook {
 }
 
 impl Core {
-    /// The comparison that runs by itself: whatever differs is mended.
+    /// The comparison that runs by itself: whatever differs is mended. Of a registry so large that
+    /// it would take more than a tenth of the daemon's time, it runs less often.
     pub(super) fn mend(&mut self) {
         self.survey();
         self.hold_again();
-        self.reconcile(true, Actor::Daemon);
+        if self.drift.is_due() {
+            self.reconcile(true, Actor::Daemon);
+        }
     }
 
     /// The one that somebody asked for.
@@ -118,6 +129,7 @@ impl Core {
             drift.push(self.tell(each, mending, by));
         }
         self.drift.summary.checked_ms = Some(now);
+        self.drift.last = Some((Instant::now(), began.elapsed()));
         self.drift.summary.open = self.drift.open.len() as u64;
         match self.drift.open.keys().next() {
             Some((kind, what)) => {

@@ -2,7 +2,7 @@
 //! stands for; this module only looks up who and where, and writes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,8 +23,12 @@ use crate::{
     policy::{AgentTables, Entry},
 };
 
-/// Policies whose entries are remembered after they have left force: records may lag behind.
+/// Policies whose entries are remembered after they have left force: records may lag behind, by
+/// milliseconds as a rule.
 const POLICIES: usize = 4096;
+/// Entries and places that these may have in all. Past it the oldest go: a registry of 100,000
+/// prefixes that changes every minute must not fill the memory with what it was.
+const REMEMBERED: usize = 250_000;
 /// Denials kept for each agent to be told of.
 const DENIALS: usize = 16;
 /// Cgroup paths remembered, so that a burst of records costs one look-up.
@@ -106,6 +110,8 @@ pub struct Recorder {
     hostnames: HashMap<u32, Hostnames>,
     /// Agents whose lookups were refused for want of a guard.
     unguarded: BTreeSet<u32>,
+    /// When the ring last had a record.
+    heard: Option<Instant>,
 }
 
 impl Recorder {
@@ -129,7 +135,13 @@ impl Recorder {
             offset,
             hostnames: HashMap::new(),
             unguarded: BTreeSet::new(),
+            heard: None,
         }
+    }
+
+    /// Whether the ring had a record within this time.
+    pub fn heard_within(&self, time: Duration) -> bool {
+        self.heard.is_some_and(|heard| heard.elapsed() <= time)
     }
 
     /// Masks secrets in command lines with this from now on.
@@ -192,13 +204,7 @@ impl Recorder {
             }
             self.present.insert(index, (policy, known));
         }
-        while self.order.len() > POLICIES {
-            if let Some(oldest) = self.order.pop_front()
-                && !self.present.values().any(|(policy, _)| *policy == oldest)
-            {
-                self.policies.remove(&oldest);
-            }
-        }
+        self.forget();
         // Cgroups come and go with the registry's changes as well.
         self.paths.clear();
     }
@@ -265,11 +271,46 @@ impl Recorder {
         .is_ok()
     }
 
+    /// Forgets the oldest policies that are out of force, past the bounds.
+    fn forget(&mut self) {
+        let mut present = HashSet::new();
+        let mut seen = HashSet::new();
+        for (policy, known) in self.present.values() {
+            present.insert(*policy);
+            seen.insert(Arc::as_ptr(&known.entries));
+        }
+        let (mut count, mut weight) = (0, 0);
+        let policies = &mut self.policies;
+        let mut kept: VecDeque<u64> = VecDeque::with_capacity(self.order.len());
+        for policy in self.order.drain(..).rev() {
+            let Some(known) = policies.get(&policy) else {
+                continue;
+            };
+            if !present.contains(&policy) {
+                // The same tables under another policy weigh nothing.
+                if seen.insert(Arc::as_ptr(&known.entries)) {
+                    weight += known.entries.entries.len() + known.entries.scope.reach.len();
+                }
+                count += 1;
+                // The latest stays, whatever it weighs.
+                if count > 1 && (weight > REMEMBERED || count > POLICIES) {
+                    policies.remove(&policy);
+                    continue;
+                }
+            }
+            kept.push_front(policy);
+        }
+        self.order = kept;
+    }
+
     /// Takes in what the ring has, for a turn at most; what is left stays there.
     pub fn drain(&mut self, enforcer: &mut Enforcer) {
         let turn = Instant::now();
         loop {
             let events = enforcer.drain(CHUNK);
+            if !events.is_empty() {
+                self.heard = Some(turn);
+            }
             let now = crate::kernel::boot_nanos();
             for event in &events {
                 if event.cause == Cause::NoGuard as u8 {

@@ -13,8 +13,19 @@ use std::{
 use super::settings::{Paths, Settings};
 use crate::policy::{Names, Source, SourceKind};
 
-/// The longest file, in bytes. Set files of a hundred thousand prefixes are about half of it.
-pub const MAX_FILE: u64 = 4 << 20;
+/// The longest file of an agent or of the floor, in bytes. A hundred thousand grants, each with a
+/// short reason, are about a quarter of it.
+pub const MAX_FILE: u64 = 32 << 20;
+/// The longest file of a set. A million prefixes, each with a short reason, are about two thirds.
+pub const MAX_SET: u64 = 128 << 20;
+
+/// The longest file of this kind.
+const fn longest(kind: SourceKind) -> u64 {
+    match kind {
+        SourceKind::Set => MAX_SET,
+        SourceKind::Agent | SourceKind::Floor => MAX_FILE,
+    }
+}
 
 /// What was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -175,7 +186,7 @@ impl Registry {
         if known || self.unread.iter().any(|unread| unread.path == path) {
             return;
         }
-        match read_text(path) {
+        match read_text(path, longest(kind)) {
             Ok(text) => self.sources.push(Source {
                 path: path.to_owned(),
                 text,
@@ -223,7 +234,7 @@ fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// A whole text file, within bounds. Symbolic links are followed, to a file and not in circles.
-fn read_text(path: &Path) -> io::Result<String> {
+fn read_text(path: &Path, longest: u64) -> io::Result<String> {
     // Not blocking: opening a pipe would wait for a writer, perhaps for ever.
     let file = OpenOptions::new()
         .read(true)
@@ -233,11 +244,11 @@ fn read_text(path: &Path) -> io::Result<String> {
         return Err(io::Error::other("not a regular file"));
     }
     let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE {
+    file.take(longest + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > longest {
         return Err(io::Error::other(format!(
             "longer than {} MiB",
-            MAX_FILE >> 20
+            longest >> 20
         )));
     }
     String::from_utf8(bytes).map_err(|error| {
@@ -307,6 +318,13 @@ mod tests {
         write(&at("binary.toml"), [b'a', 0xff]);
         write(&at("huge.toml"), vec![b'x'; MAX_FILE as usize + 1]);
         write(&at("largest.toml"), vec![b'x'; MAX_FILE as usize]);
+        // Holes need no disk.
+        let sets = folder.path().join("sets.d");
+        for (name, size) in [("most.toml", MAX_SET), ("more.toml", MAX_SET + 1)] {
+            fs::create_dir_all(&sets).unwrap();
+            let file = fs::File::create(sets.join(name)).unwrap();
+            file.set_len(size).unwrap();
+        }
         fs::create_dir(at("folder.toml")).unwrap();
         symlink("loop.toml", at("loop.toml")).unwrap();
         symlink("nowhere", at("dangling.toml")).unwrap();
@@ -316,15 +334,16 @@ mod tests {
 
         let registry = read(&paths);
         let read: Vec<_> = registry.sources.iter().map(Source::stem).collect();
-        assert_eq!(read, ["good", "largest", "linked", "floor"]);
+        assert_eq!(read, ["good", "largest", "linked", "most", "floor"]);
         let unread: Vec<_> = registry.unread.iter().map(ToString::to_string).collect();
         let expected = [
             ("binary.toml", "not UTF-8 at byte 1"),
             ("dangling.toml", "No such file"),
             ("folder.toml", "not a regular file"),
-            ("huge.toml", "longer than 4 MiB"),
+            ("huge.toml", "longer than 32 MiB"),
             ("loop.toml", "symbolic links"),
             ("pipe.toml", "not a regular file"),
+            ("more.toml", "longer than 128 MiB"),
         ];
         assert_eq!(unread.len(), expected.len(), "{unread:?}");
         for (line, (name, why)) in unread.iter().zip(expected) {

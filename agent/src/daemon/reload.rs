@@ -1,19 +1,24 @@
 //! The reload: compile, merge, swap in, and what goes with it.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use tracing::{error, info};
 
 use super::{
     core::{Core, all, capacity, selectors, stance},
-    force::{self, Unusable},
-    registry, selftest,
+    force::{self, Force, Unusable},
+    laps::Laps,
+    registry,
+    selftest::{self, Extent},
     time::wall_millis,
 };
 use crate::{
     audit::{Decision, Succession, Tables},
     kernel::{ApplyError, Image},
-    policy,
+    policy::AgentTables,
 };
 
 /// What a reload changed.
@@ -57,10 +62,14 @@ impl Core {
     }
 
     fn try_reload(&mut self) -> Result<Changed, String> {
+        let mut laps = Laps::start();
         self.read_holds();
+        laps.done("holds");
         let files = registry::read(&self.settings.paths);
+        laps.done("files");
         let names = registry::names(&self.settings);
-        let compiled = policy::compile_on(&files.sources, wall_millis(), names);
+        let compiled = self.memory.compile(&files.sources, wall_millis(), names);
+        laps.done("compile");
         let next = force::merge(
             &files,
             compiled,
@@ -69,26 +78,34 @@ impl Core {
             stance(&self.settings),
         )
         .map_err(|unusable: Unusable| unusable.to_string())?;
+        laps.done("merge");
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
         let images = self.images(&next);
+        laps.done("images");
         if self.uses_names(&next) {
             // Before any lookup is turned, so that its answer finds the way back.
             self.guard_names(true);
         }
         let changed = self.put_all(&images)?;
-        self.force = next;
+        laps.done("tables");
+        let before = std::mem::replace(&mut self.force, next);
         self.follow_names();
         self.expect_endings();
-        let followed = self.follow(&changed);
+        let followed = self.follow(&changed, &before);
+        drop(before);
+        laps.done("follow");
         // All of them: what an agent that is gone has open is nobody's now.
         let closed = if changed.is_empty() {
             0
         } else {
             self.close_unreachable(None).closed as u64
         };
+        laps.done("connections");
         self.decide_loaded(closed);
         self.keep();
+        laps.done("keep");
+        tracing::debug!(message = "Reloaded.", changed = changed.len(), took = %laps);
         followed.map_err(|why| format!("the new registry is in force, but {why}"))?;
         Ok(Changed {
             agents: changed,
@@ -139,7 +156,7 @@ impl Core {
 
     /// What goes with new tables: whose records they are, which cgroups they claim, and whether the
     /// kernel understands them as memory does.
-    fn follow(&mut self, changed: &[String]) -> Result<(), String> {
+    fn follow(&mut self, changed: &[String], before: &Force) -> Result<(), String> {
         self.recorder
             .learn(&self.enforcer, self.force.revision, all(&self.force));
         let selectors =
@@ -147,20 +164,33 @@ impl Core {
         self.selectors = Arc::new(selectors);
         self.attribute()
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        self.self_test(Some(changed))
+        self.self_test(Some(changed), Some(before))
             .map_err(|why| format!("the self-test fails: {why}"))
     }
 
-    /// Compares the kernel's verdict with memory's, for these agents or for all.
-    pub(super) fn self_test(&mut self, only: Option<&[String]>) -> Result<(), String> {
+    /// Compares the kernel's verdict with memory's, for these agents or for all; first where they
+    /// differ from `before`.
+    pub(super) fn self_test(
+        &mut self,
+        only: Option<&[String]>,
+        before: Option<&Force>,
+    ) -> Result<(), String> {
         let clock = self.offset.clock();
+        let only: Option<HashSet<&String>> = only.map(|only| only.iter().collect());
         let tables: Vec<_> = all(&self.force)
-            .filter(|tables| only.is_none_or(|only| only.contains(&tables.id)))
+            .filter(|tables| only.as_ref().is_none_or(|only| only.contains(&tables.id)))
             .cloned()
             .collect();
+        let before: HashMap<&str, &AgentTables> = before
+            .into_iter()
+            .flat_map(all)
+            .map(|tables| (tables.id.as_str(), &**tables))
+            .collect();
+        let extent = Extent::one_of(tables.len());
         let mut asked = 0;
         for tables in tables {
-            asked += selftest::ask(&mut self.enforcer, &tables, &clock)?;
+            let extent = extent.after(before.get(tables.id.as_str()).copied());
+            asked += selftest::ask(&mut self.enforcer, &tables, &clock, extent)?;
         }
         tracing::debug!(message = "Kernel and memory agree.", questions = asked);
         Ok(())

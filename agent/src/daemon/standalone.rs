@@ -126,7 +126,8 @@ impl Standalone {
         let id = hierarchy.id(agent)?;
         enforcer.attribute(&[(id, &tables.id)])?;
         enforcer.fence(&root.to_string(), &hierarchy.directory(root))?;
-        selftest::ask(&mut enforcer, tables, &clock).map_err(DaemonError::SelfTest)?;
+        selftest::ask(&mut enforcer, tables, &clock, selftest::Extent::one_of(1))
+            .map_err(DaemonError::SelfTest)?;
 
         let allowance = core::allowance(settings);
         let sink = Sink::Memory(Vec::new());

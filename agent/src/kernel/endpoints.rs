@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
@@ -29,19 +30,15 @@ pub struct Endpoints {
     held: BTreeMap<(u32, u64), Endpoint>,
 }
 
-fn failed(map: &'static str, key: String, source: aya::maps::MapError) -> ApplyError {
-    ApplyError::Write {
-        map,
-        key,
-        source: Box::new(source),
-    }
+fn failed(map: &'static str, key: String, source: io::Error) -> ApplyError {
+    ApplyError::Write { map, key, source }
 }
 
 impl Endpoints {
     /// Takes the maps out of a loaded object. What an earlier daemon left in them leads to sockets
     /// that are gone, and is removed.
     pub(super) fn open(ebpf: &mut Ebpf) -> Result<Self, OpenError> {
-        let unusable = |source: std::io::Error| OpenError::Pins {
+        let unusable = |source: io::Error| OpenError::Pins {
             path: "guards".into(),
             source,
         };
@@ -85,16 +82,11 @@ impl Endpoints {
         endpoint: Endpoint,
         sockets: &[BorrowedFd<'_>],
     ) -> Result<u64, ApplyError> {
-        let marking = |source: std::io::Error| {
-            failed(
-                "guards",
-                format!("endpoint {}", endpoint.id),
-                aya::maps::MapError::IoError(source),
-            )
-        };
+        let marking =
+            |source: io::Error| failed("guards", format!("endpoint {}", endpoint.id), source);
         let first = sockets
             .first()
-            .ok_or_else(|| marking(std::io::ErrorKind::InvalidInput.into()))?;
+            .ok_or_else(|| marking(io::ErrorKind::InvalidInput.into()))?;
         let netns = sys::netns_cookie(*first).map_err(marking)?;
         let mark = Guardian {
             endpoint: endpoint.id,
@@ -117,7 +109,7 @@ impl Endpoints {
             pad: 0,
         };
         let name = || format!("agent {agent}, namespace {netns}");
-        let wrong = |source| failed("endpoints", name(), source);
+        let wrong = |error| failed("endpoints", name(), io::Error::other(error));
         self.map.insert(key, endpoint, 0).map_err(wrong)?;
         if self.map.get(&key, 0).map_err(wrong)? != endpoint {
             return Err(ApplyError::ReadBack {

@@ -175,7 +175,16 @@ pub enum ApplyError {
         key: String,
         /// Why.
         #[source]
-        source: Box<aya::maps::MapError>,
+        source: io::Error,
+    },
+    /// A map cannot be read.
+    #[error("cannot read `{map}`")]
+    Read {
+        /// Map.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// A value read back is not the one written.
     #[error("`{map}` {key} reads back other than it was written")]

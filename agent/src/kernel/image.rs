@@ -1,9 +1,11 @@
 //! What shall be in force for one agent, in the kernel's terms, and whether what is found there is
 //! the same. Pure.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
-use agent_ebpf::abi::{Addr, AgentRow, FLAG_NAMES, Loopback, Mode, NEVER, Rule, State};
+use agent_ebpf::abi::{
+    Addr, AgentRow, FLAG_NAMES, INHERITED, Loopback, Mode, NEVER, NO_ENTRY, Rule, State,
+};
 
 use crate::policy::tables::Prefix;
 
@@ -39,12 +41,33 @@ pub struct Found<'a> {
     pub prefix: Prefix,
     /// What.
     pub rules: Option<&'a [Rule]>,
+    /// The entry of those rules that have none of their own.
+    pub entry: u32,
 }
 
 impl Image {
     /// Whether its lookups are turned to the DNS guard.
     pub fn uses_names(&self) -> bool {
         self.row.flags & FLAG_NAMES != 0
+    }
+
+    /// Whether `row` and `found` are this image, and in its order; the policy's number is not
+    /// compared. Where this is false, [`Self::differences`] tells why, if there is a reason.
+    pub fn is_in_order<'a>(
+        &self,
+        row: &AgentRow,
+        mut found: impl Iterator<Item = Found<'a>>,
+    ) -> bool {
+        let reach = self.reach.iter().map(|placed| (false, placed));
+        let mut wanted = reach.chain(self.serve.iter().map(|placed| (true, placed)));
+        !self.fresh
+            && same_row(row, &self.row)
+            && wanted.all(|(serve, (prefix, rules))| {
+                found.next().is_some_and(|found| {
+                    found.serve == serve && found.prefix == *prefix && found.is(rules)
+                })
+            })
+            && found.next().is_none()
     }
 
     /// How `row` and `found` differ from this image, in words; nothing when they do not. The
@@ -73,10 +96,10 @@ impl Image {
         }
         let (mut extra, mut other) = (0_usize, 0_usize);
         for found in found {
-            match (wanted.remove(&(found.serve, found.prefix)), found.rules) {
-                (None, _) => extra += 1,
-                (Some(wanted), Some(rules)) if same_rules(rules, wanted) => {}
-                (Some(_), _) => other += 1,
+            match wanted.remove(&(found.serve, found.prefix)) {
+                None => extra += 1,
+                Some(wanted) if found.is(wanted) => {}
+                Some(_) => other += 1,
             }
         }
         for (count, what) in [
@@ -92,12 +115,44 @@ impl Image {
     }
 }
 
-fn same_rules(found: &[Rule], wanted: &[Rule]) -> bool {
-    found.len() == wanted.len()
-        && found.iter().zip(wanted).all(|(found, wanted)| {
-            let deadline = wanted.deadline;
-            same_time(found.deadline, deadline) && Rule { deadline, ..*found } == *wanted
+impl Found<'_> {
+    /// Whether this is what is wanted here.
+    fn is(&self, wanted: &[Rule]) -> bool {
+        self.rules.is_some_and(|found| {
+            found.len() == wanted.len()
+                && found.iter().zip(wanted).all(|(found, wanted)| {
+                    let deadline = wanted.deadline;
+                    let found = with_entry(found, self.entry);
+                    same_time(found.deadline, deadline) && Rule { deadline, ..found } == *wanted
+                })
         })
+    }
+}
+
+/// A rule with the entry that it inherits.
+pub const fn with_entry(rule: &Rule, inherited: u32) -> Rule {
+    let entry = if rule.entry == INHERITED {
+        inherited
+    } else {
+        rule.entry
+    };
+    Rule { entry, ..*rule }
+}
+
+/// Rules as they are shared: those that are all of one entry leave it to the address.
+pub fn shared(rules: &[Rule]) -> (Cow<'_, [Rule]>, u32) {
+    match rules {
+        [first, ..]
+            if first.entry < INHERITED && rules.iter().all(|rule| rule.entry == first.entry) =>
+        {
+            let inheriting = rules.iter().map(|rule| Rule {
+                entry: INHERITED,
+                ..*rule
+            });
+            (inheriting.collect(), first.entry)
+        }
+        _ => (Cow::Borrowed(rules), NO_ENTRY),
+    }
 }
 
 fn same_row(found: &AgentRow, wanted: &AgentRow) -> bool {
@@ -213,6 +268,7 @@ mod tests {
                     serve,
                     prefix,
                     rules: rules.map(|(_, rules)| rules.as_slice()),
+                    entry: NO_ENTRY,
                 }
             })
             .collect()
@@ -228,6 +284,19 @@ mod tests {
         };
         let none: Vec<String> = Vec::new();
         assert_eq!(image.differences(&row, found(&image).into_iter()), none);
+        assert!(!image.is_in_order(&row, found(&image).into_iter()));
+        let mut in_order = found(&image);
+        in_order.sort_by_key(|found| (found.serve, found.prefix.bits(), found.prefix.len));
+        assert!(image.is_in_order(&row, in_order.iter().copied()));
+        assert!(!image.is_in_order(&row, in_order.iter().copied().take(2)));
+        let more = in_order.iter().chain(in_order.last()).copied();
+        assert!(!image.is_in_order(&row, more));
+        let other = AgentRow { flags: 1, ..row };
+        assert!(!image.is_in_order(&other, in_order.iter().copied()));
+        for found in &mut in_order {
+            found.rules = None;
+        }
+        assert!(!image.is_in_order(&row, in_order.iter().copied()));
     }
 
     #[test]

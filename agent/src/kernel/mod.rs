@@ -6,6 +6,7 @@
 //! anything unless it is asked to by name: when this process dies, pins keep the fence up.
 
 mod attach;
+mod bulk;
 mod drift;
 mod endpoints;
 mod error;
@@ -20,7 +21,7 @@ mod table;
 mod tally;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
@@ -30,7 +31,7 @@ use std::{
 
 use agent_ebpf::abi::{
     ABI_VERSION, Addr, Answer, Asked, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold,
-    LAYOUT_QUESTION, Question, Rule,
+    LAYOUT_QUESTION, Question, RULES_PER_SET, Rule,
 };
 use aya::{
     Ebpf,
@@ -101,13 +102,21 @@ impl Capacity {
                 .flat_map(|image| image.reach.iter().chain(&image.serve))
         };
         let exact = placed().filter(|(prefix, _)| prefix.len == 128).count();
+        // Unlike keys, blocks take their memory whether they are used or not, and equal rules share
+        // them: so only what differs counts, twice and an eighth.
+        let mut seen = HashSet::new();
+        let blocks: usize = placed()
+            .filter(|(_, rules)| seen.insert(image::shared(rules).0))
+            .map(|(_, rules)| rules.len().div_ceil(RULES_PER_SET).max(1))
+            .sum();
+        let blocks = blocks.saturating_mul(2) + blocks / 8;
         Self {
             agents: size(images.len(), 256),
             rows: size(images.len() * 2, 1024),
             claims: size(images.len() * 4, 4096),
             addresses: size(exact, 65_536),
             prefixes: size(placed().count() - exact, 65_536),
-            rule_sets: size(placed().count(), 4096).min(65_536),
+            rule_sets: u32::try_from(blocks).unwrap_or(u32::MAX).max(4096),
         }
     }
 }
@@ -261,7 +270,7 @@ impl Enforcer {
                 wanted_abi: ABI_VERSION,
             });
         }
-        let mut tables = table::Tables::open(&mut ebpf, capacity)?;
+        let mut tables = table::Tables::open(&ebpf, capacity)?;
         tables.inherit(&names)?;
         tables.number_after(succession::last_policy(&plan.old));
         let endpoints = Endpoints::open(&mut ebpf)?;

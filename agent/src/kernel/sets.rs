@@ -21,9 +21,14 @@ struct Held {
 pub struct RuleSets {
     by_rules: HashMap<Arc<[Rule]>, u32>,
     held: HashMap<u32, Held>,
+    /// Of each block that was ever in use the head of the chain that it is in, or [`NOBODY`].
+    head_of: Vec<u32>,
     free: Vec<u32>,
     capacity: u32,
 }
+
+/// No head of a chain.
+const NOBODY: u32 = u32::MAX;
 
 /// What interning a set of rules came to.
 pub enum Interned {
@@ -41,6 +46,7 @@ impl RuleSets {
         Self {
             by_rules: HashMap::new(),
             held: HashMap::new(),
+            head_of: Vec::new(),
             free: (0..capacity).rev().collect(),
             capacity,
         }
@@ -71,6 +77,7 @@ impl RuleSets {
         let rules: Arc<[Rule]> = rules.into();
         let blocks = blocks(&rules, &chain);
         self.by_rules.insert(Arc::clone(&rules), head);
+        self.belong(&chain, head);
         self.held.insert(
             head,
             Held {
@@ -91,7 +98,21 @@ impl RuleSets {
         if held.uses == 0 {
             self.bar(head);
             if let Some(held) = self.held.remove(&head) {
+                self.belong(&held.chain, NOBODY);
                 self.free.extend(held.chain);
+            }
+        }
+    }
+
+    /// Notes whose these blocks are.
+    fn belong(&mut self, chain: &[u32], head: u32) {
+        for &index in chain {
+            let index = index as usize;
+            if self.head_of.len() <= index {
+                self.head_of.resize(index + 1, NOBODY);
+            }
+            if let Some(slot) = self.head_of.get_mut(index) {
+                *slot = head;
             }
         }
     }
@@ -123,6 +144,7 @@ impl RuleSets {
         if let Some(rules) = &rules {
             self.by_rules.entry(Arc::clone(rules)).or_insert(head);
         }
+        self.belong(&chain, head);
         self.held.insert(
             head,
             Held {
@@ -155,12 +177,19 @@ impl RuleSets {
         self.held.get(&head)?.rules.as_deref()
     }
 
-    /// Every chain in use: its first block, and its blocks as they must read.
-    pub fn wanted(&self) -> impl Iterator<Item = (u32, Vec<(u32, RuleSet)>)> {
-        self.held.iter().filter_map(|(head, held)| {
-            let rules = held.rules.as_ref()?;
-            Some((*head, blocks(rules, &held.chain)))
-        })
+    /// The highest block that may be in use.
+    pub fn last_block(&self) -> Option<u32> {
+        u32::try_from(self.head_of.len()).ok()?.checked_sub(1)
+    }
+
+    /// How a block must read, and the head of the chain that it is in; none for one that is not in
+    /// use, or in a chain that no daemon would have written.
+    pub fn wanted(&self, index: u32) -> Option<(u32, RuleSet)> {
+        let head = *self.head_of.get(index as usize)?;
+        let held = self.held.get(&head)?;
+        let at = held.chain.iter().position(|each| *each == index)?;
+        let next = held.chain.get(at + 1).copied();
+        Some((head, block(held.rules.as_ref()?, at, next)))
     }
 }
 
@@ -223,12 +252,16 @@ mod tests {
         assert_eq!(blocks[0].1.len, 8);
         assert_eq!(blocks[0].1.next, blocks[1].0 + 1);
         assert_eq!((blocks[1].1.len, blocks[1].1.next), (4, 0));
+        for (index, block) in blocks {
+            assert_eq!(sets.wanted(index), Some((head, block)));
+        }
         assert!(matches!(sets.intern(&rules(12)), Interned::Shared(again) if again == head));
         sets.release(head);
         assert!(sets.holds(head));
         sets.release(head);
         assert!(!sets.holds(head));
         assert_eq!(sets.used(), 0);
+        assert!((0..8).all(|index| sets.wanted(index).is_none()));
     }
 
     #[test]

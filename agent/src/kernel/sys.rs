@@ -14,11 +14,16 @@ use std::{
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
@@ -110,14 +115,29 @@ struct MapCreate {
     name: [u8; 16],
 }
 
+/// `enum bpf_map_type`: an array.
+pub const ARRAY: u32 = 2;
+
 /// Makes an array map that no program uses. `name` has at most 15 bytes.
 pub fn create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
-    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    create_map(name, ARRAY, 4, value_size, entries, 0)
+}
+
+/// Makes a map of any kind that no program uses. `name` has at most 15 bytes.
+pub fn create_map(
+    name: &str,
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = MapCreate {
-        kind: BPF_MAP_TYPE_ARRAY,
-        key_size: 4,
+        kind,
+        key_size,
         value_size,
         max_entries: entries,
+        flags,
         ..MapCreate::default()
     };
     for (slot, byte) in attr.name.iter_mut().take(15).zip(name.bytes()) {
@@ -162,6 +182,140 @@ pub fn write_element(map: BorrowedFd<'_>, index: u32, value: &[u8]) -> io::Resul
         ..Element::default()
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Reads the value of `key` into `value`. `key` has the size of the map's keys, and `value` that of
+/// its values; the map is not per CPU. [`io::ErrorKind::NotFound`] where there is no such key.
+pub fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: key.as_ptr() as u64,
+        value: value.as_mut_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).map(drop)
+}
+
+/// Writes the value of `key`. Sizes as for [`lookup`].
+pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Removes `key`. [`io::ErrorKind::NotFound`] where it was not there.
+pub fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: key.as_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_DELETE_ELEM, &mut attr).map(drop)
+}
+
+/// Finds the key after `key`, or the first, and puts it into `next`.
+/// [`io::ErrorKind::NotFound`] after the last.
+pub fn next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        key: key.map_or(0, |key| key.as_ptr() as u64),
+        value: next.as_mut_ptr() as u64,
+        ..Element::default()
+    };
+    bpf(BPF_MAP_GET_NEXT_KEY, &mut attr).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// A call for many elements that ended early.
+#[derive(Debug)]
+pub struct Partly {
+    /// Elements that it was done for.
+    pub done: usize,
+    /// Why not for more.
+    pub error: io::Error,
+}
+
+/// Calls for many elements; how many it was done for.
+fn batch(command: libc::c_long, mut attr: Batch) -> Result<usize, Partly> {
+    let asked = attr.count;
+    match bpf(command, &mut attr) {
+        Ok(_) => Ok(attr.count as usize),
+        Err(error) => {
+            // A count that is still what was asked for was not set: the call was refused as a
+            // whole. Only the end of a map can come after as many as there was room for.
+            let was_set = attr.count < asked || error.kind() == io::ErrorKind::NotFound;
+            let done = if was_set { attr.count as usize } else { 0 };
+            Err(Partly { done, error })
+        }
+    }
+}
+
+/// Writes `count` elements in one call. `keys` and `values` have so many of each, one after the
+/// other.
+pub fn update_batch(
+    map: BorrowedFd<'_>,
+    keys: &[u8],
+    values: &[u8],
+    count: u32,
+) -> Result<(), Partly> {
+    let attr = Batch {
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        ..Batch::default()
+    };
+    batch(BPF_MAP_UPDATE_BATCH, attr).map(drop)
+}
+
+/// Removes `count` elements in one call, up to the first that is not there.
+pub fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> Result<(), Partly> {
+    let attr = Batch {
+        keys: keys.as_ptr() as u64,
+        count,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        ..Batch::default()
+    };
+    batch(BPF_MAP_DELETE_BATCH, attr).map(drop)
+}
+
+/// Reads up to `count` elements from where `at` says (none: from the start), and sets `next` to
+/// where the following call goes on. Both have the size of a key, or of 4 bytes if that is more.
+/// After the last element the error is [`io::ErrorKind::NotFound`], with how many there still were.
+pub fn lookup_batch(
+    map: BorrowedFd<'_>,
+    at: Option<&[u8]>,
+    next: &mut [u8],
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: u32,
+) -> Result<usize, Partly> {
+    let attr = Batch {
+        in_batch: at.map_or(0, |at| at.as_ptr() as u64),
+        out_batch: next.as_mut_ptr() as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        ..Batch::default()
+    };
+    batch(BPF_MAP_LOOKUP_BATCH, attr)
 }
 
 /// Waits until every program that was running when this was called has ended (they run in RCU

@@ -1,7 +1,10 @@
 //! The pipeline: sources → documents → model → tables. Every file is taken as far as it goes, so
 //! that one run shows all there is to mend.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     assemble::{self, RULES, Surroundings, hashes, state, unregistered, used_sets},
@@ -11,6 +14,7 @@ use super::{
     finding::Finding,
     link::{self, Neighbour},
     lower::{Lowered, lower},
+    memo::{Known, Memory},
     model::{Agent, Grant, Scope, Set},
     name::Id,
     source::{Source, SourceFile, SourceKind, Span},
@@ -22,7 +26,7 @@ use super::{
 #[derive(Clone, Debug)]
 pub struct Compilation {
     /// The agents without errors, by id.
-    pub agents: Vec<AgentTables>,
+    pub agents: Vec<Arc<AgentTables>>,
     /// The checked entries of [`Self::agents`], in the same order: what the tables have no use for.
     pub registry: Vec<Agent>,
     /// For each of [`Self::agents`], in the same order, the hash that its approval covers: the
@@ -52,6 +56,8 @@ struct Desk<'a> {
     checked: CheckedAgent,
     id_span: Option<Span>,
     findings: Vec<Finding>,
+    /// What came of the same file before; then only what concerns other files is looked at.
+    known: Option<Arc<Known>>,
 }
 
 // === impl Compilation ===
@@ -64,7 +70,8 @@ impl Compilation {
 
     /// The tables of an agent.
     pub fn agent(&self, id: &str) -> Option<&AgentTables> {
-        self.agents.iter().find(|agent| agent.id == id)
+        let found = self.agents.iter().find(|agent| agent.id == id);
+        found.map(|agent| &**agent)
     }
 }
 
@@ -87,6 +94,16 @@ pub fn compile(sources: &[Source], now: UnixMillis) -> Compilation {
 /// file and the sets that it uses have no error; a bad file takes no other agent away. A floor
 /// with errors is an error, and the agents are compiled with what of it is readable.
 pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilation {
+    Memory::default().compile(sources, now, names)
+}
+
+/// The same, with what `memory` has of the last time.
+pub(super) fn compile_with(
+    memory: &mut Memory,
+    sources: &[Source],
+    now: UnixMillis,
+    names: Names,
+) -> Compilation {
     let files: Vec<SourceFile<'_>> = sources.iter().map(SourceFile::new).collect();
     let of = |kind: SourceKind| files.iter().filter(move |file| file.source.kind == kind);
 
@@ -101,10 +118,17 @@ pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilat
         .map(|file| read_set(file, now))
         .collect();
     let mut desks: Vec<Desk<'_>> = of(SourceKind::Agent)
-        .map(|file| read_agent(file, now))
+        .map(|file| match memory.known(file.source, now) {
+            Some(known) => recall_agent(file, known),
+            None => read_agent(file, now),
+        })
         .collect();
 
-    check_sets(&mut drawers, &floors);
+    if !memory.has_clean_sets() {
+        check_sets(&mut drawers, &floors);
+    }
+    let clean = drawers.iter().all(|drawer| drawer.findings.is_empty());
+    memory.sets_are_clean(clean);
     let mut surroundings = Surroundings {
         shelves: shelves(&drawers),
         floors: floors
@@ -116,15 +140,18 @@ pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilat
     for ((file, grants), findings) in floors.iter().zip(&mut floor_findings) {
         findings.extend(link::missing_sets(file, grants, &surroundings.shelves));
     }
-    let lowered: Vec<(Flat, Lowered, Lowered)> = desks
+    let lowered: Vec<Option<(Flat, Lowered, Lowered)>> = desks
         .iter_mut()
         .map(|desk| {
+            if desk.known.is_some() {
+                return None;
+            }
             if let Names::Unguarded(why) = names {
                 let allow = &desk.checked.scope.allow;
                 let unguarded = link::names(desk.file, allow, &surroundings.shelves, why);
                 desk.findings.extend(unguarded);
             }
-            lower_agent(desk, &surroundings)
+            Some(lower_agent(desk, &surroundings))
         })
         .collect();
     check_neighbours(&mut desks);
@@ -139,11 +166,14 @@ pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilat
     };
     let mut users: BTreeMap<Id, Vec<String>> = BTreeMap::new();
     let mut done = Vec::new();
-    for (desk, (flat, reach, serve)) in desks.into_iter().zip(lowered) {
+    for (desk, lowered) in desks.into_iter().zip(lowered) {
         let stem = desk.file.source.stem();
         let mut findings = desk.findings;
         document::without_consequences(&mut findings);
-        let used = used_sets(&desk.checked.scope, &surroundings.shelves);
+        let used = match &desk.known {
+            Some(known) => known.used.clone(),
+            None => used_sets(&desk.checked.scope, &surroundings.shelves),
+        };
         let whole = used.iter().all(|name| {
             users.entry(name.clone()).or_default().push(stem.clone());
             surroundings
@@ -152,24 +182,43 @@ pub fn compile_on(sources: &[Source], now: UnixMillis, names: Names) -> Compilat
                 .is_some_and(|shelf| !shelf.broken)
         });
         let sound = whole && !findings.iter().any(Finding::is_error);
-        if let Some(agent) = desk.checked.agent.filter(|_| sound) {
+        if let Some(known) = desk.known.filter(|_| sound) {
+            done.push(Arc::clone(&known));
+            memory.keep(desk.file.source, known);
+        } else if let Some((agent, (flat, reach, serve))) =
+            desk.checked.agent.filter(|_| sound).zip(lowered)
+        {
             let scope = &desk.checked.scope;
             let (approval, hash) = hashes(&agent, scope, &surroundings);
             let state = state(&agent, &approval, desk.file, &mut findings);
+            let until = soonest(&agent, &flat, now);
             let tables = AgentTables {
                 state,
                 hash,
                 ..assemble::tables(&agent, scope, desk.file, flat, reach, serve)
             };
-            done.push((agent, tables, approval));
+            let known = Arc::new(Known {
+                agent,
+                tables: Arc::new(tables),
+                approval,
+                used,
+                claims: desk.checked.claims,
+                id_span: desk.id_span,
+                until,
+            });
+            done.push(Arc::clone(&known));
+            // A finding is told each time, so what has one is looked at each time.
+            if findings.is_empty() {
+                memory.keep(desk.file.source, known);
+            }
         }
         compilation.keep(findings, &[stem]);
     }
-    done.sort_by(|left, right| left.0.id.cmp(&right.0.id));
-    for (agent, tables, approval) in done {
-        compilation.registry.push(agent);
-        compilation.agents.push(tables);
-        compilation.approvals.push(approval);
+    done.sort_by(|left, right| left.agent.id.cmp(&right.agent.id));
+    for known in done {
+        compilation.registry.push(known.agent.clone());
+        compilation.agents.push(Arc::clone(&known.tables));
+        compilation.approvals.push(known.approval.clone());
     }
     let mut taken = BTreeSet::new();
     for drawer in drawers {
@@ -227,7 +276,32 @@ fn read_agent<'a>(file: &'a SourceFile<'a>, now: UnixMillis) -> Desk<'a> {
         checked,
         id_span,
         findings: notes.findings,
+        known: None,
     }
+}
+
+/// A file that is as it was.
+fn recall_agent<'a>(file: &'a SourceFile<'a>, known: Arc<Known>) -> Desk<'a> {
+    Desk {
+        file,
+        checked: CheckedAgent {
+            agent: Some(known.agent.clone()),
+            claims: known.claims.clone(),
+            scope: Scope::default(),
+        },
+        id_span: known.id_span.clone(),
+        findings: Vec::new(),
+        known: Some(known),
+    }
+}
+
+/// When the first of an agent's times is that makes a difference to what is found, after `now`.
+fn soonest(agent: &Agent, flat: &Flat, now: UnixMillis) -> Option<UnixMillis> {
+    let grants = flat.expires.iter().copied().flatten();
+    grants
+        .chain(agent.lifecycle.expires)
+        .filter(|expires| *expires > now)
+        .min()
 }
 
 /// The first of each name.

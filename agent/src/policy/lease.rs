@@ -347,7 +347,7 @@ mod tests {
         };
         let compilation = compile(&[source], NOW);
         assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-        compilation.agents[0].clone()
+        (*compilation.agents[0]).clone()
     }
 
     fn ports(text: &[&str]) -> Ports {

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use agent_ebpf::{
-    abi::{Addr, AgentRow, FLAG_SERVES, RULES_PER_SET, Rule, RuleSet, SERVE},
+    abi::{Addr, AgentRow, FLAG_SERVES, Leaf, NO_ENTRY, RULES_PER_SET, Rule, RuleSet, SERVE},
     decide::{Attempt, Peer, Rules},
 };
 
@@ -105,7 +105,7 @@ impl MemoryRules {
     /// The rules of an address, block by block; for tests and displays.
     pub fn rules_at(&self, addr: &Addr) -> Vec<Rule> {
         let mut rules = Vec::new();
-        let mut next = self.rule_set_for(POLICY, addr);
+        let mut next = self.reach.longest(addr);
         while let Some(set) = next.and_then(|index| self.rule_set(index)) {
             rules.extend(set.rules.iter().take(set.len as usize));
             next = set.next.checked_sub(1);
@@ -115,12 +115,15 @@ impl MemoryRules {
 }
 
 impl Rules for MemoryRules {
-    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<u32> {
-        match space {
+    fn rule_set_for(&self, space: u64, addr: &Addr) -> Option<Leaf> {
+        let set = match space {
             POLICY => self.reach.longest(addr),
             space if space == POLICY | SERVE => self.serve.longest(addr),
             _ => None,
-        }
+        }?;
+        // Each rule has its entry here.
+        let entry = NO_ENTRY;
+        Some(Leaf { set, entry })
     }
 
     fn rule_set(&self, index: u32) -> Option<&RuleSet> {

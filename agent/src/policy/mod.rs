@@ -24,6 +24,7 @@ mod hash;
 mod lease;
 mod link;
 mod lower;
+mod memo;
 mod memory;
 mod model;
 mod name;
@@ -45,6 +46,7 @@ pub use finding::{Finding, Severity};
 pub use lease::{
     LeasedPorts, LeasedRule, TooManyRules, Unleasable, is_inside, leasable, leased_rules, reaches,
 };
+pub use memo::Memory;
 pub use memory::{MemoryRules, row, rule_sets};
 pub use model::{Agent, Lifecycle, Set};
 pub use name::{Depth, HostPattern, Id};

@@ -239,7 +239,7 @@ mod tests {
         };
         let compilation = compile(&[source], 1_790_812_800_000);
         assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-        compilation.agents[0].clone()
+        (*compilation.agents[0]).clone()
     }
 
     #[test]

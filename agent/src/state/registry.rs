@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use super::file::{self, Damage, Kind, StateError};
 use crate::policy::{AgentTables, Id, UNREGISTERED_ID};
 
-/// A hundred thousand prefixes of an agent are about a sixth of it.
+/// A million prefixes of an agent are about half of it.
 const ENTRY: Kind = Kind {
     word: "entry",
-    max: 64 << 20,
+    max: 512 << 20,
 };
 const INDEX: Kind = Kind {
     word: "index",

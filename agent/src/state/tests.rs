@@ -70,7 +70,7 @@ fn entry(id: &str, allow: &str) -> Arc<AgentTables> {
     };
     let compilation = compile(&[source], NOW);
     assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-    Arc::new(compilation.agents[0].clone())
+    Arc::clone(&compilation.agents[0])
 }
 
 fn pseudo() -> Arc<AgentTables> {

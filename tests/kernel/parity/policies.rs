@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -158,7 +159,11 @@ impl Registry {
                 }
                 let mut unregistered = compiled.unregistered;
                 unregistered.mode = dice.pick(&[Mode::Enforce, Mode::Monitor]);
-                let mut agents = compiled.agents;
+                let mut agents: Vec<_> = compiled
+                    .agents
+                    .into_iter()
+                    .map(Arc::unwrap_or_clone)
+                    .collect();
                 agents.push(unregistered);
                 return Ok(Self { agents, clock });
             }

@@ -47,18 +47,32 @@ pub fn growth(workspace: &Workspace, grown: &Grown) -> Result<()> {
     replace(workspace, "growth", &text)
 }
 
+/// Writes the figures of the user side.
+pub fn user(workspace: &Workspace, host: &Host, tables: &str) -> Result<()> {
+    let text = format!("{}{tables}", measured_on(host)?);
+    replace(workspace, "user", &text)
+}
+
 fn name_of(path: &str) -> &str {
     path.trim_start_matches("docs/")
 }
 
 /// Machine, kernel and date.
 fn origin(host: &Host, cycles: usize) -> Result<String> {
+    let on = measured_on(host)?;
+    Ok(format!(
+        "{}, {cycles} cycles.\n",
+        on.trim_end_matches(".\n")
+    ))
+}
+
+fn measured_on(host: &Host) -> Result<String> {
     let date = std::process::Command::new("date")
         .args(["-u", "+%Y-%m-%d"])
         .output()
         .context("cannot tell the date")?;
     Ok(format!(
-        "Measured on {}: kernel {}, {} with {} processors ({}), {cycles} cycles.\n",
+        "Measured on {}: kernel {}, {} with {} processors ({}).\n",
         String::from_utf8_lossy(&date.stdout).trim(),
         host.kernel,
         host.cpu,

@@ -10,6 +10,7 @@ mod plot;
 mod stats;
 mod table;
 mod targets;
+mod user;
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -52,6 +53,8 @@ pub struct Options {
 enum What {
     /// How cost grows with agents, prefixes and nesting
     Growth,
+    /// The user side: starts, reloads, memory, floods, at 100,000 prefixes and 1,000 agents
+    User,
 }
 
 /// One result.
@@ -92,6 +95,9 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
         bail!("the benchmark attaches programs to cgroups of its own: run it as root");
     }
     check_workloads(&options.workload)?;
+    if let Some(What::User) = options.what {
+        return user::command(workspace, options);
+    }
     build::static_programs(workspace)?;
     let object = measure::object(workspace)?;
     if let Err(error) = apt::ensure(
@@ -114,7 +120,7 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
     };
     let write_docs = !options.quick && !options.no_docs && options.workload.is_empty();
     match options.what {
-        None => ratios(&bench, options, write_docs),
+        None | Some(What::User) => ratios(&bench, options, write_docs),
         Some(What::Growth) => grow(&bench, options, write_docs),
     }
 }

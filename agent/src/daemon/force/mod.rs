@@ -123,8 +123,8 @@ pub fn merge(
         let known = before.and_then(|before| before.agents.get(&tables.id));
         let id = tables.id.clone();
         let entry = match known {
-            Some(known) if *known.entry == tables => Arc::clone(&known.entry),
-            Some(_) | None => Arc::new(tables),
+            Some(known) if known.entry == tables => Arc::clone(&known.entry),
+            Some(_) | None => tables,
         };
         let mut hold = holds.get(&id).cloned();
         if hold.as_ref().is_some_and(|hold| hold.lifted_by(&entry)) {
@@ -391,30 +391,23 @@ fn stem(unread: &Unread) -> Option<String> {
 }
 
 impl Force {
-    /// The same registry with these holds laid over instead. The revision goes up if any agent
-    /// changed.
-    pub fn held(&self, holds: &Holds) -> Self {
-        let revision = self.revision + 1;
-        let agents: BTreeMap<String, InForce> = self
-            .agents
-            .iter()
-            .map(|(id, known)| {
-                let next = InForce {
-                    revision,
-                    ..known.clone()
-                };
-                let next = next.held(holds.get(id).cloned());
-                (id.clone(), next.since(Some(known)))
-            })
-            .collect();
-        let changed = agents.values().any(|agent| agent.revision == revision);
-        Self {
-            revision: if changed { revision } else { self.revision },
-            agents,
-            lifted: Vec::new(),
-            settled: Vec::new(),
-            ..self.clone()
-        }
+    /// One agent with what holds for it laid over, as [`Self::put`] takes it. How many others there
+    /// are makes no difference: a revocation waits for none of them.
+    pub fn hold_one(&self, id: &str, holds: &Holds) -> Option<InForce> {
+        let known = self.agents.get(id)?;
+        let next = InForce {
+            revision: self.revision + 1,
+            ..known.clone()
+        };
+        Some(next.held(holds.get(id).cloned()).since(Some(known)))
+    }
+
+    /// Replaces one agent by what [`Self::hold_one`] made of it.
+    pub fn put(&mut self, id: &str, agent: InForce) {
+        self.revision = self.revision.max(agent.revision);
+        self.agents.insert(id.to_owned(), agent);
+        self.lifted.clear();
+        self.settled.clear();
     }
 
     /// What of it goes into the store.

@@ -50,7 +50,7 @@ fn agent(scope: &str) -> AgentTables {
     };
     let compilation = compile(&[source], NOW);
     assert!(!compilation.has_errors(), "{:?}", compilation.findings);
-    compilation.agents[0].clone()
+    (*compilation.agents[0]).clone()
 }
 
 fn allow(to: &str) -> String {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{ApplyError, Tables, is_missing, put};
+use super::{ApplyError, Tables, put};
 
 impl Tables {
     /// Makes the attributions equal to `wanted`: cgroup id to agent index. Returns how many
@@ -47,8 +47,8 @@ impl Tables {
 
     pub(super) fn claim(&mut self, cgroup: u64, agent: u32) -> Result<(), ApplyError> {
         let failed = write_failed(cgroup);
-        self.claims.insert(cgroup, agent, 0).map_err(&failed)?;
-        if self.claims.get(&cgroup, 0).map_err(&failed)? != agent {
+        self.claims.set(cgroup, agent).map_err(&failed)?;
+        if self.claims.get(cgroup).map_err(&failed)? != Some(agent) {
             return Err(ApplyError::ReadBack {
                 map: "claims",
                 key: format!("cgroup {cgroup}"),
@@ -59,11 +59,8 @@ impl Tables {
     }
 
     pub(super) fn unclaim(&mut self, cgroup: u64) -> Result<(), ApplyError> {
-        match self.claims.remove(&cgroup) {
-            Err(error) if !is_missing(&error) => return Err(write_failed(cgroup)(error)),
-            // Somebody was faster; what counts is that it is gone.
-            Ok(()) | Err(_) => {}
-        }
+        // Somebody may have been faster; what counts is that it is gone.
+        let _was_there = self.claims.remove(cgroup).map_err(write_failed(cgroup))?;
         self.attributed.remove(&cgroup);
         Ok(())
     }
@@ -71,7 +68,7 @@ impl Tables {
     /// Voids every cached verdict.
     pub(super) fn next_epoch(&mut self) -> Result<(), ApplyError> {
         let epoch = self.epoch_now.wrapping_add(1);
-        put("epoch", &mut self.epoch, 0, epoch)?;
+        put("epoch", &self.epoch, 0, epoch)?;
         self.epoch_now = epoch;
         Ok(())
     }
@@ -82,10 +79,10 @@ impl Tables {
     }
 }
 
-fn write_failed(cgroup: u64) -> impl Fn(aya::maps::MapError) -> ApplyError {
+fn write_failed(cgroup: u64) -> impl Fn(std::io::Error) -> ApplyError {
     move |source| ApplyError::Write {
         map: "claims",
         key: format!("cgroup {cgroup}"),
-        source: Box::new(source),
+        source,
     }
 }

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use agent_ebpf::abi::{Effect, NEVER, ROW_INDEX_BITS, Rule, RuleSet};
+use agent_ebpf::abi::{
+    AgentName, AgentRow, Effect, INHERITED, Leaf, NEVER, NO_ENTRY, ROW_INDEX_BITS, Rule, RuleSet,
+};
 
-use super::{Installed, Place, Tables, adopt::id_of, name_bytes};
+use super::{ApplyError, Installed, Place, Tables, adopt::id_of, name_bytes};
 use crate::kernel::{
     drift::{Drift, DriftKind, Target},
     image::describe_row,
@@ -72,8 +74,8 @@ impl Tables {
     pub(super) fn users_of_chains(&self) -> HashMap<u32, Vec<u32>> {
         let mut users: HashMap<u32, Vec<u32>> = HashMap::new();
         for (agent, installed) in &self.in_force {
-            for (_, set) in installed.places() {
-                let of = users.entry(set).or_default();
+            for (_, leaf) in installed.places() {
+                let of = users.entry(leaf.set).or_default();
                 if of.last() != Some(agent) {
                     of.push(*agent);
                 }
@@ -106,7 +108,7 @@ impl Report<'_> {
         });
     }
 
-    fn unreadable(&mut self, map: &str, error: &aya::maps::MapError) {
+    fn unreadable(&mut self, map: &str, error: &std::io::Error) {
         self.add(
             DriftKind::Missing,
             map.to_owned(),
@@ -117,74 +119,86 @@ impl Report<'_> {
     }
 
     fn words(&mut self) {
-        for agent in 0..self.tables.agents.len() {
-            let wanted = self
-                .tables
-                .in_force
-                .get(&agent)
-                .map_or(0, |installed| installed.word);
-            match self.tables.agents.get(&agent, 0) {
-                Ok(found) if found == wanted => {}
-                Ok(found) => self.add(
+        let found = match self.tables.agents.all() {
+            Ok(found) => found,
+            Err(error) => return self.unreadable("agents", &error),
+        };
+        for (agent, found) in found {
+            let installed = self.tables.in_force.get(&agent);
+            let wanted = installed.map_or(0, |installed| installed.word);
+            if found != wanted {
+                self.add(
                     kind(found == 0, wanted == 0),
                     format!("agents [{agent}]"),
                     Some(agent),
                     (describe_word(found), describe_word(wanted)),
                     Spot::Word(agent),
-                ),
-                Err(error) => return self.unreadable("agents", &error),
+                );
             }
         }
     }
 
     fn rows(&mut self) {
-        for (agent, installed) in &self.tables.in_force {
-            let Some(row) = installed.row else { continue };
-            match self.tables.rows.get(&row, 0) {
-                Ok(found) if found == installed.content => {}
-                Ok(found) => self.add(
+        let in_force = self.tables.in_force.iter();
+        let wanted: Vec<(u32, u32, AgentRow)> = in_force
+            .filter_map(|(agent, installed)| Some((*agent, installed.row?, installed.content)))
+            .collect();
+        let rows: Vec<u32> = wanted.iter().map(|(_, row, _)| *row).collect();
+        let found = match self.tables.rows.get_all(&rows) {
+            Ok(found) => found,
+            Err(error) => return self.unreadable("rows", &error),
+        };
+        for ((agent, row, wanted), found) in wanted.into_iter().zip(found) {
+            // An array has every element.
+            let found = found.unwrap_or(AgentRow::zeroed());
+            if found != wanted {
+                self.add(
                     DriftKind::Changed,
                     format!("rows [{row}]"),
-                    Some(*agent),
-                    (describe_row(&found), describe_row(&installed.content)),
-                    Spot::Row(*agent),
-                ),
-                Err(error) => return self.unreadable("rows", &error),
+                    Some(agent),
+                    (describe_row(&found), describe_row(&wanted)),
+                    Spot::Row(agent),
+                );
             }
         }
     }
 
     fn names(&mut self) {
-        for agent in 0..self.tables.names.len() {
+        let found: Vec<(u32, AgentName)> = match self.tables.names.all() {
+            Ok(found) => found,
+            Err(error) => return self.unreadable("names", &error),
+        };
+        for (agent, found) in found {
             let id = self.tables.ids.get(&agent).map_or("", String::as_str);
-            match self.tables.names.get(&agent, 0) {
-                Ok(found) if found == name_bytes(id) => {}
-                Ok(found) => {
-                    let empty = found.bytes.iter().all(|byte| *byte == 0);
-                    let found = id_of(&found).unwrap_or_else(|| {
-                        String::from_utf8_lossy(&found.bytes)
-                            .escape_debug()
-                            .to_string()
-                    });
-                    self.add(
-                        kind(empty, id.is_empty()),
-                        format!("names [{agent}]"),
-                        Some(agent),
-                        (format!("\"{found}\""), format!("\"{id}\"")),
-                        Spot::Name(agent),
-                    );
-                }
-                Err(error) => return self.unreadable("names", &error),
+            if found == name_bytes(id) {
+                continue;
             }
+            let empty = found.bytes.iter().all(|byte| *byte == 0);
+            let found = id_of(&found).unwrap_or_else(|| {
+                String::from_utf8_lossy(&found.bytes)
+                    .escape_debug()
+                    .to_string()
+            });
+            self.add(
+                kind(empty, id.is_empty()),
+                format!("names [{agent}]"),
+                Some(agent),
+                (format!("\"{found}\""), format!("\"{id}\"")),
+                Spot::Name(agent),
+            );
         }
     }
 
     fn keys(&mut self) {
         let found = match self.tables.read_places() {
             Ok(found) => found,
-            Err(error) => return self.unreadable("exacts or prefixes", &error),
+            Err(ApplyError::Read { map, source }) => return self.unreadable(map, &source),
+            Err(error) => {
+                let error = std::io::Error::other(error);
+                return self.unreadable("exacts or prefixes", &error);
+            }
         };
-        let mut wanted: HashMap<Place, (u32, Option<u32>)> = HashMap::new();
+        let mut wanted: HashMap<Place, (Leaf, Option<u32>)> = HashMap::new();
         let mut policies: HashMap<u64, u32> = HashMap::new();
         let retired = self.tables.retired.iter().map(|(_, old)| (None, old));
         let in_force = self.tables.in_force.iter();
@@ -192,25 +206,23 @@ impl Report<'_> {
         let all: Vec<(Option<u32>, &Installed)> = retired.chain(in_force).collect();
         for (agent, installed) in all {
             policies.extend(agent.map(|agent| (installed.content.policy, agent)));
-            for (place, set) in installed.places() {
-                wanted.insert(place, (set, agent));
+            for (place, leaf) in installed.places() {
+                wanted.insert(place, (leaf, agent));
             }
         }
-        for (place, set) in found {
+        for (place, leaf) in found {
             let (kind, agent, wanted) = match wanted.remove(&place) {
                 // What is on its way out is nobody's any more.
                 Some((_, None)) => continue,
-                Some((wanted, _)) if wanted == set => continue,
-                Some((wanted, agent)) => {
-                    (DriftKind::Changed, agent, format!("rule set [{wanted}]"))
-                }
+                Some((wanted, _)) if wanted == leaf => continue,
+                Some((wanted, agent)) => (DriftKind::Changed, agent, describe_leaf(wanted)),
                 None => {
                     let agent = policies.get(&place.policy()).copied();
                     (DriftKind::Extra, agent, "no such key".to_owned())
                 }
             };
             let what = format!("{} {place}", place.map());
-            let found = format!("rule set [{set}]");
+            let found = describe_leaf(leaf);
             self.add(
                 kind,
                 what,
@@ -219,53 +231,61 @@ impl Report<'_> {
                 Spot::Key(SpotKey(place)),
             );
         }
-        let missing: BTreeMap<String, (Place, u32, u32)> = wanted
+        let missing: BTreeMap<String, (Place, Leaf, u32)> = wanted
             .into_iter()
-            .filter_map(|(place, (set, agent))| {
-                Some((format!("{} {place}", place.map()), (place, set, agent?)))
+            .filter_map(|(place, (leaf, agent))| {
+                Some((format!("{} {place}", place.map()), (place, leaf, agent?)))
             })
             .collect();
-        for (what, (place, set, agent)) in missing {
-            let said = ("no such key".to_owned(), format!("rule set [{set}]"));
+        for (what, (place, leaf, agent)) in missing {
+            let said = ("no such key".to_owned(), describe_leaf(leaf));
             let spot = Spot::Key(SpotKey(place));
             self.add(DriftKind::Missing, what, Some(agent), said, spot);
         }
     }
 
     fn chains(&mut self) {
+        let sets = &self.tables.sets;
+        let Some(last) = sets.last_block() else {
+            return;
+        };
+        let mut wrong: BTreeMap<(u32, u32), (RuleSet, RuleSet)> = BTreeMap::new();
+        let read = self.tables.rulesets.each_in(0, last, |index, found| {
+            if let Some((head, wanted)) = sets.wanted(index)
+                && found != wanted
+            {
+                wrong.insert((head, index), (found, wanted));
+            }
+        });
+        if let Err(error) = read {
+            return self.unreadable("rulesets", &error);
+        }
+        if wrong.is_empty() {
+            return;
+        }
         let users = self.tables.users_of_chains();
-        let mut all: Vec<(u32, Vec<(u32, RuleSet)>)> = self.tables.sets.wanted().collect();
-        all.sort_unstable_by_key(|(head, _)| *head);
-        for (head, blocks) in all {
+        for ((head, index), (found, wanted)) in wrong {
+            // What is on its way out is nobody's any more.
             let Some(agents) = users.get(&head) else {
                 continue;
             };
-            for (index, wanted) in blocks {
-                match self.tables.rulesets.get(&index, 0) {
-                    Ok(found) if found == wanted => {}
-                    Ok(found) => {
-                        let (what, agent) = match agents.as_slice() {
-                            [one] => (format!("rulesets [{index}]"), Some(*one)),
-                            many => (format!("rulesets [{index}] of {} agents", many.len()), None),
-                        };
-                        self.add(
-                            DriftKind::Changed,
-                            what,
-                            agent,
-                            (describe_set(&found), describe_set(&wanted)),
-                            Spot::Chain(head),
-                        );
-                    }
-                    Err(error) => return self.unreadable("rulesets", &error),
-                }
-            }
+            let (what, agent) = match agents.as_slice() {
+                [one] => (format!("rulesets [{index}]"), Some(*one)),
+                many => (format!("rulesets [{index}] of {} agents", many.len()), None),
+            };
+            self.add(
+                DriftKind::Changed,
+                what,
+                agent,
+                (describe_set(&found), describe_set(&wanted)),
+                Spot::Chain(head),
+            );
         }
     }
 
     fn claims(&mut self) {
-        let found: Result<HashMap<u64, u32>, _> = self.tables.claims.iter().collect();
-        let mut found = match found {
-            Ok(found) => found,
+        let mut found: HashMap<u64, u32> = match self.tables.claims.all() {
+            Ok(found) => found.into_iter().collect(),
             Err(error) => return self.unreadable("claims", &error),
         };
         let whose = |agent: Option<u32>| match agent {
@@ -297,13 +317,16 @@ impl Report<'_> {
                 Spot::Claim(cgroup),
             );
         }
-        match self.tables.epoch.get(&0, 0) {
-            Ok(found) if found == self.tables.epoch_now => {}
+        match self.tables.epoch.get(0) {
+            Ok(found) if found == Some(self.tables.epoch_now) => {}
             Ok(found) => self.add(
                 DriftKind::Changed,
                 "epoch [0]".to_owned(),
                 None,
-                (found.to_string(), self.tables.epoch_now.to_string()),
+                (
+                    found.unwrap_or(0).to_string(),
+                    self.tables.epoch_now.to_string(),
+                ),
                 Spot::Epoch,
             ),
             Err(error) => self.unreadable("epoch", &error),
@@ -325,6 +348,14 @@ fn describe_word(word: u64) -> String {
     }
     let row = word & ((1 << ROW_INDEX_BITS) - 1);
     format!("row {row}, generation {}", word >> ROW_INDEX_BITS)
+}
+
+/// What a key points to, for people.
+fn describe_leaf(leaf: Leaf) -> String {
+    match leaf.entry {
+        NO_ENTRY => format!("rule set [{}]", leaf.set),
+        entry => format!("rule set [{}] for entry {entry}", leaf.set),
+    }
 }
 
 /// A block for people. Every byte may be anything.
@@ -355,8 +386,12 @@ fn describe_rule(rule: &Rule) -> String {
     } else {
         format!(" until boot + {} s", rule.deadline / 1_000_000_000)
     };
+    let entry = match rule.entry {
+        INHERITED => "of the address".to_owned(),
+        entry => entry.to_string(),
+    };
     format!(
-        "{effect} {}-{} class {} entry {}{end}",
-        rule.low, rule.high, rule.class, rule.entry
+        "{effect} {}-{} class {} entry {entry}{end}",
+        rule.low, rule.high, rule.class
     )
 }

@@ -2,12 +2,15 @@
 //! scope has rules for the same address they are worked into the lease's, whose key stands before
 //! theirs; they are in force again when the lease is gone.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
-use agent_ebpf::abi::{Addr, RULE_LEASED, Rule, SERVE};
+use agent_ebpf::abi::{Addr, INHERITED, Leaf, RULE_LEASED, Rule, ScopeKey};
 
-use super::{ApplyError, Image, Installed, Leased, Place, Tables};
-use crate::policy::tables::Prefix;
+use super::{ApplyError, Image, Installed, Leased, Place, Tables, put, stage::Writes};
+use crate::{kernel::bulk::Bulk, policy::tables::Prefix};
+
+/// Element of `epoch` that counts leases: whatever was refused before may be open.
+const LEASES: u32 = 1;
 
 /// Whether rules of an address have a lease among them.
 pub(super) fn is_leased(rules: &[Rule]) -> bool {
@@ -36,81 +39,115 @@ impl Tables {
         let Some(mut installed) = self.in_force.remove(&agent) else {
             return Ok(());
         };
-        let mut done = Ok(());
-        for (addr, rules) in leases {
-            let at = place(installed.content.policy, *addr);
-            done = if is_leased(rules) {
-                self.put_lease(&mut installed, at, rules)
-            } else {
-                self.end_lease(&mut installed, at)
-            };
-            if done.is_err() {
-                break;
-            }
-        }
+        let done = self.lease_into(&mut installed, leases);
         self.in_force.insert(agent, installed);
         done
     }
 
-    /// Writes the leases of `image` under a policy that is being staged.
-    pub(super) fn stage_leases(
+    fn lease_into(
+        &mut self,
+        installed: &mut Installed,
+        leases: &[(Addr, Vec<Rule>)],
+    ) -> Result<(), ApplyError> {
+        let mut writes = Writes::default();
+        for (addr, rules) in leases {
+            let at = place(installed.content.policy, *addr);
+            if is_leased(rules) {
+                let base = match installed.leases.get(&at) {
+                    Some(held) => held.base,
+                    None => installed.base_of(at, &self.exacts),
+                };
+                self.plan_lease(installed, at, rules, base, &mut writes)?;
+            } else {
+                self.end_lease(installed, at)?;
+            }
+        }
+        if writes.exacts.is_empty() {
+            return Ok(());
+        }
+        self.write(&writes)?;
+        // What was refused a moment ago, and is remembered, may be open now.
+        let added = self.epoch.get(LEASES).map_err(|source| ApplyError::Read {
+            map: "epoch",
+            source,
+        })?;
+        put(
+            "epoch",
+            &self.epoch,
+            LEASES,
+            added.unwrap_or(0).wrapping_add(1),
+        )
+    }
+
+    /// Plans the leases of `image` under a policy that is being planned.
+    pub(super) fn plan_leases(
         &mut self,
         image: &Image,
         installed: &mut Installed,
+        writes: &mut Writes,
     ) -> Result<(), ApplyError> {
-        for (addr, rules) in image.leases.iter().filter(|(_, rules)| is_leased(rules)) {
+        let leased = image.leases.iter().filter(|(_, rules)| is_leased(rules));
+        let leased: Vec<_> = leased.collect();
+        if leased.is_empty() {
+            return Ok(());
+        }
+        let exact = installed.entries.iter().filter(|(at, _)| at.bits.is_none());
+        let bases: HashMap<Place, Leaf> = exact.copied().collect();
+        for (addr, rules) in leased {
             let at = place(installed.content.policy, *addr);
-            self.put_lease(installed, at, rules)?;
+            let base = bases.get(&at).copied();
+            self.plan_lease(installed, at, rules, base, writes)?;
         }
         Ok(())
     }
 
-    fn put_lease(
+    /// Takes a lease into `installed`, and notes what has to be written for it.
+    fn plan_lease(
         &mut self,
         installed: &mut Installed,
         at: Place,
         rules: &[Rule],
+        base: Option<Leaf>,
+        writes: &mut Writes,
     ) -> Result<(), ApplyError> {
         let held = installed.leases.get(&at).copied();
-        let base = match held {
-            Some(held) => held.base,
-            None => installed.base_of(at, &self.exacts),
-        };
         if held.is_none() && base.is_none() {
             self.check_room(at)?;
         }
-        let set = self.write_rules(rules)?;
-        if held.is_some_and(|held| held.set == set) {
-            self.sets.release(set);
+        let leaf = self.plan_rules(rules, writes)?;
+        if held.is_some_and(|held| held.leaf == leaf) {
+            self.sets.release(leaf.set);
             return Ok(());
         }
         // Noted first, so that whatever comes of the write is removed again.
-        installed.leases.insert(at, Leased { set, base });
+        installed.leases.insert(at, Leased { leaf, base });
         match held {
-            Some(held) => self.retired_sets.push((Instant::now(), held.set)),
+            Some(held) => self.retired_sets.push((Instant::now(), held.leaf.set)),
             None if base.is_none() => self.count(at, 1),
             None => {}
         }
-        self.insert(at, set)
+        writes.exacts.push((at.key, leaf));
+        Ok(())
     }
 
     fn end_lease(&mut self, installed: &mut Installed, at: Place) -> Result<(), ApplyError> {
         let Some(held) = installed.leases.get(&at).copied() else {
             return Ok(());
         };
+        let failed = |source| ApplyError::Write {
+            map: at.map(),
+            key: at.to_string(),
+            source,
+        };
         match held.base {
-            Some(base) => self.insert(at, base)?,
+            Some(base) => self.exacts.set(at.key, base).map_err(failed)?,
             None => {
-                self.delete(at).map_err(|source| ApplyError::Write {
-                    map: at.map(),
-                    key: at.to_string(),
-                    source: Box::new(source),
-                })?;
+                self.delete(at).map_err(failed)?;
                 self.count(at, -1);
             }
         }
         installed.leases.remove(&at);
-        self.retired_sets.push((Instant::now(), held.set));
+        self.retired_sets.push((Instant::now(), held.leaf.set));
         Ok(())
     }
 
@@ -137,23 +174,35 @@ impl Tables {
         let held = installed
             .leases
             .get(&place(installed.content.policy, addr))?;
-        self.sets.rules(held.set).map(<[Rule]>::to_vec)
+        self.rules_of(held.leaf)
+    }
+
+    /// The rules behind a key, each with its entry.
+    fn rules_of(&self, leaf: Leaf) -> Option<Vec<Rule>> {
+        let rules = self.sets.rules(leaf.set)?;
+        let each = rules.iter().map(|rule| Rule {
+            entry: match rule.entry {
+                INHERITED => leaf.entry,
+                entry => entry,
+            },
+            ..*rule
+        });
+        Some(each.collect())
     }
 
     /// The leases of a policy.
     pub(super) fn leased_in(&self, installed: &Installed) -> Vec<(Addr, Vec<Rule>)> {
-        let each = installed.leases.iter().filter_map(|(at, held)| {
-            let rules = self.sets.rules(held.set)?;
-            Some((at.key.addr, rules.to_vec()))
-        });
+        let each = installed
+            .leases
+            .iter()
+            .filter_map(|(at, held)| Some((at.key.addr, self.rules_of(held.leaf)?)));
         each.collect()
     }
 
     /// The agents with a lease that was over after `since`, up to `now`.
     pub fn leases_over(&self, since: u64, now: u64) -> Vec<u32> {
         let is_over = |held: &Leased| {
-            let rules = self.sets.rules(held.set).unwrap_or_default();
-            let over = over(rules);
+            let over = self.sets.rules(held.leaf.set).map_or(0, over);
             since < over && over <= now
         };
         let agents = self.in_force.iter();
@@ -177,7 +226,7 @@ impl Tables {
             let ended: Vec<(Addr, Vec<Rule>)> = installed
                 .leases
                 .iter()
-                .filter(|(_, held)| is_over(held.set))
+                .filter(|(_, held)| is_over(held.leaf.set))
                 .map(|(at, _)| (at.key.addr, Vec::new()))
                 .collect();
             if let Err(error) = self.lease(agent, &ended) {
@@ -188,16 +237,11 @@ impl Tables {
 }
 
 impl Installed {
-    /// The scope's own rule set at an exact address.
-    fn base_of(
-        &self,
-        at: Place,
-        exacts: &aya::maps::HashMap<aya::maps::MapData, agent_ebpf::abi::ScopeKey, u32>,
-    ) -> Option<u32> {
-        debug_assert!(at.key.space & SERVE == 0 && at.bits.is_none());
+    /// What the scope itself has at an exact address.
+    fn base_of(&self, at: Place, exacts: &Bulk<ScopeKey, Leaf>) -> Option<Leaf> {
         // Asking the kernel first: few addresses have one, and a scope may have very many.
-        exacts.get(&at.key, 0).ok()?;
+        exacts.get(at.key).ok().flatten()?;
         let own = self.entries.iter().find(|(place, _)| *place == at);
-        own.map(|(_, set)| *set)
+        own.map(|(_, leaf)| *leaf)
     }
 }

@@ -7,32 +7,47 @@ mod claims;
 mod inspect;
 mod leases;
 mod repair;
+mod stage;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    io,
+    os::fd::AsFd as _,
     time::{Duration, Instant},
 };
 
 use agent_ebpf::abi::{
-    AgentName, AgentRow, ROW_INDEX_BITS, Rule, RuleSet, SERVE, SPACE_BITS, ScopeKey, UNREGISTERED,
+    Addr, AgentName, AgentRow, Leaf, ROW_INDEX_BITS, RuleSet, SERVE, SPACE_BITS, ScopeKey,
+    UNREGISTERED,
 };
-use aya::{
-    Ebpf, Pod,
-    maps::{Array, HashMap as KernelHash, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
-};
+use aya::Ebpf;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{
     Capacity,
+    bulk::{Bulk, Keyed, Plain},
     error::{ApplyError, OpenError},
     image::{Found, Image},
-    sets::{Interned, RuleSets},
+    object,
+    sets::RuleSets,
 };
+use stage::Writes;
+
 pub use inspect::{Spot, SpotKey};
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
 /// Rules stay readable this long after the last pointer to them has moved on.
 const GRACE: Duration = Duration::from_secs(1);
+
+/// A key of `prefixes`, as the kernel wants it: without padding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct PrefixKey {
+    bits: u32,
+    space: [u8; 8],
+    addr: Addr,
+}
 
 /// A key of the scope maps. Those found in a map may be anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,8 +66,8 @@ struct Installed {
     row: Option<u32>,
     /// What the row says, or must say.
     content: AgentRow,
-    /// Keys, and the rule sets behind them.
-    entries: Vec<(Place, u32)>,
+    /// Keys, and what they point to.
+    entries: Vec<(Place, Leaf)>,
     /// Exact addresses with leases, which stand before those of `entries`.
     leases: HashMap<Place, Leased>,
 }
@@ -60,10 +75,10 @@ struct Installed {
 /// The rules of an address with leases worked in.
 #[derive(Clone, Copy, Debug)]
 struct Leased {
-    /// The rule set in force there.
-    set: u32,
-    /// The one of `entries` for the same key, if there is one.
-    base: Option<u32>,
+    /// What is in force there.
+    leaf: Leaf,
+    /// What `entries` have for the same key, if anything.
+    base: Option<Leaf>,
 }
 
 /// How an adopted agent's state in the kernel differed from the registry.
@@ -77,14 +92,14 @@ pub struct Difference {
 
 /// The typed maps and what is known to be in them.
 pub struct Tables {
-    claims: KernelHash<MapData, u64, u32>,
-    epoch: Array<MapData, u64>,
-    agents: Array<MapData, u64>,
-    names: Array<MapData, AgentName>,
-    rows: Array<MapData, AgentRow>,
-    exacts: KernelHash<MapData, ScopeKey, u32>,
-    prefixes: LpmTrie<MapData, ScopeKey, u32>,
-    rulesets: Array<MapData, RuleSet>,
+    claims: Bulk<u64, u32>,
+    epoch: Bulk<u32, u64>,
+    agents: Bulk<u32, u64>,
+    names: Bulk<u32, AgentName>,
+    rows: Bulk<u32, AgentRow>,
+    exacts: Bulk<ScopeKey, Leaf>,
+    prefixes: Bulk<PrefixKey, Leaf>,
+    rulesets: Bulk<u32, RuleSet>,
 
     index: BTreeMap<String, u32>,
     ids: BTreeMap<u32, String>,
@@ -104,21 +119,30 @@ pub struct Tables {
     differences: BTreeMap<String, Vec<String>>,
 }
 
-fn typed<T: TryFrom<Map, Error = MapError>>(
-    ebpf: &mut Ebpf,
+/// A map of the loaded object, which has compared the sizes of its keys and values.
+fn bulk<K: Plain + Eq + std::hash::Hash, V: Plain>(
+    ebpf: &Ebpf,
     name: &'static str,
-) -> Result<T, OpenError> {
-    let map = ebpf.take_map(name).ok_or(OpenError::MapMissing { name })?;
-    T::try_from(map).map_err(|source| OpenError::Map {
+    keyed: Keyed,
+) -> Result<Bulk<K, V>, OpenError> {
+    let map = ebpf.map(name).and_then(object::data);
+    let map = map.ok_or(OpenError::MapMissing { name })?;
+    let info = map.info().map_err(|source| OpenError::Map {
         name,
         source: Box::new(source.into()),
-    })
+    })?;
+    let fd = map.fd().as_fd().try_clone_to_owned();
+    let fd = fd.map_err(|source| OpenError::Pins {
+        path: name.into(),
+        source,
+    })?;
+    Ok(Bulk::new(fd, keyed, info.max_entries()))
 }
 
 /// Writes an array element and reads it back.
-fn put<V: Pod + PartialEq>(
+fn put<V: Plain + PartialEq>(
     map: &'static str,
-    array: &mut Array<MapData, V>,
+    array: &Bulk<u32, V>,
     index: u32,
     value: V,
 ) -> Result<(), ApplyError> {
@@ -126,10 +150,10 @@ fn put<V: Pod + PartialEq>(
     let failed = |source| ApplyError::Write {
         map,
         key: key(),
-        source: Box::new(source),
+        source,
     };
-    array.set(index, value, 0).map_err(failed)?;
-    if array.get(&index, 0).map_err(failed)? != value {
+    array.set(index, value).map_err(failed)?;
+    if array.get(index).map_err(failed)? != Some(value) {
         return Err(ApplyError::ReadBack { map, key: key() });
     }
     Ok(())
@@ -144,6 +168,32 @@ impl Place {
         };
         let bits = (prefix.len != 128).then(|| SPACE_BITS + u32::from(prefix.len));
         Self { key, bits }
+    }
+
+    /// A key found in `prefixes`.
+    fn found(key: PrefixKey) -> Self {
+        Self {
+            key: ScopeKey {
+                space: u64::from_ne_bytes(key.space),
+                addr: key.addr,
+            },
+            bits: Some(key.bits),
+        }
+    }
+
+    /// The key for `prefixes`, of a place that is there.
+    fn prefix_key(&self, bits: u32) -> PrefixKey {
+        PrefixKey {
+            bits,
+            space: self.key.space.to_ne_bytes(),
+            addr: self.key.addr,
+        }
+    }
+
+    /// Destinations come before clients, then it goes by address and length, as in an [`Image`].
+    fn order(&self) -> (u64, u128, u32) {
+        let addr = u128::from_be_bytes(self.key.addr.octets());
+        (self.key.space, addr, self.bits.unwrap_or(SPACE_BITS + 128))
     }
 
     /// The prefix that it stands for; none where no daemon would have put such a key.
@@ -192,16 +242,16 @@ impl std::fmt::Display for Place {
 
 impl Tables {
     /// Takes the maps out of a loaded object, and with them what an earlier daemon left there.
-    pub fn open(ebpf: &mut Ebpf, capacity: Capacity) -> Result<Self, OpenError> {
+    pub fn open(ebpf: &Ebpf, capacity: Capacity) -> Result<Self, OpenError> {
         let mut tables = Self {
-            claims: typed(ebpf, "claims")?,
-            epoch: typed(ebpf, "epoch")?,
-            agents: typed(ebpf, "agents")?,
-            names: typed(ebpf, "names")?,
-            rows: typed(ebpf, "rows")?,
-            exacts: typed(ebpf, "exacts")?,
-            prefixes: typed(ebpf, "prefixes")?,
-            rulesets: typed(ebpf, "rulesets")?,
+            claims: bulk(ebpf, "claims", Keyed::Free)?,
+            epoch: bulk(ebpf, "epoch", Keyed::Array)?,
+            agents: bulk(ebpf, "agents", Keyed::Array)?,
+            names: bulk(ebpf, "names", Keyed::Array)?,
+            rows: bulk(ebpf, "rows", Keyed::Array)?,
+            exacts: bulk(ebpf, "exacts", Keyed::Free)?,
+            prefixes: bulk(ebpf, "prefixes", Keyed::Free)?,
+            rulesets: bulk(ebpf, "rulesets", Keyed::Array)?,
             index: BTreeMap::new(),
             ids: BTreeMap::new(),
             in_force: BTreeMap::new(),
@@ -218,10 +268,7 @@ impl Tables {
             capacity,
             differences: BTreeMap::new(),
         };
-        tables.adopt().map_err(|source| OpenError::Map {
-            name: "agents",
-            source: Box::new(source.into()),
-        })?;
+        tables.adopt()?;
         Ok(tables)
     }
 
@@ -310,7 +357,7 @@ impl Tables {
     }
 
     fn name(&mut self, index: u32, id: &str) -> Result<(), ApplyError> {
-        put("names", &mut self.names, index, name_bytes(id))?;
+        put("names", &self.names, index, name_bytes(id))?;
         self.index.insert(id.to_owned(), index);
         self.ids.insert(index, id.to_owned());
         Ok(())
@@ -323,36 +370,32 @@ impl Tables {
         self.sweep(Instant::now());
         let mut staged = Vec::new();
         let mut kept = HashSet::new();
+        let mut writes = Writes::default();
         for image in images {
-            match self.stage_change(image) {
+            match self.plan_change(image, &mut writes) {
                 Ok((index, installed)) => {
                     kept.insert(index);
                     staged.extend(installed.map(|installed| (index, installed)));
                 }
                 Err(error) => {
                     for (_, installed) in staged {
-                        self.remove(installed);
+                        self.forget(installed);
                     }
                     return Err(error);
                 }
             }
         }
-
-        let mut changed = Vec::new();
-        let mut failed = None;
-        for (index, installed) in staged {
-            if failed.is_some() {
+        if let Err(error) = self.write(&writes) {
+            for (_, installed) in staged {
                 self.remove(installed);
-                continue;
             }
-            match self.flip(index, installed) {
-                Ok(()) => changed.extend(self.ids.get(&index).cloned()),
-                Err(error) => failed = Some(error),
-            }
-        }
-        if let Some(error) = failed {
             return Err(error);
         }
+        let mut changed: Vec<String> = staged
+            .iter()
+            .filter_map(|(index, _)| self.ids.get(index).cloned())
+            .collect();
+        self.flip(staged)?;
         let gone: Vec<u32> = self
             .in_force
             .keys()
@@ -360,7 +403,7 @@ impl Tables {
             .filter(|index| !kept.contains(index))
             .collect();
         for index in gone {
-            put("agents", &mut self.agents, index, 0)?;
+            put("agents", &self.agents, index, 0)?;
             if let Some(old) = self.in_force.remove(&index) {
                 let id = self.ids.get(&index).cloned();
                 if old.adopted {
@@ -390,9 +433,8 @@ impl Tables {
             let index = self.index.get(&image.id);
             index.map(|index| gone.remove(index));
             let now = index.and_then(|index| self.in_force.get(index));
-            let same = now.is_some_and(|now| {
-                now.row.is_some() && image.differences(&now.content, self.found(now)).is_empty()
-            });
+            let same =
+                now.is_some_and(|now| now.row.is_some() && self.has(now, image, &now.content));
             if !same {
                 changed.push(image.id.clone());
             }
@@ -405,13 +447,16 @@ impl Tables {
     /// rules stay and a new row points to them: a suspension does not wait for a large scope.
     pub fn apply_one(&mut self, image: &Image) -> Result<(), ApplyError> {
         self.sweep(Instant::now());
-        let (index, staged) = match self.same_rules(image) {
-            Some(index) => return self.flip_row(index, image),
-            None => self.stage_change(image)?,
-        };
-        match staged {
-            Some(installed) => self.flip(index, installed),
-            None => Ok(()),
+        if let Some(index) = self.same_rules(image) {
+            return self.flip_row(index, image);
+        }
+        let mut writes = Writes::default();
+        match self.plan_change(image, &mut writes)? {
+            (index, Some(installed)) => {
+                let installed = self.written(installed, &writes)?;
+                self.flip(vec![(index, installed)])
+            }
+            (_, None) => Ok(()),
         }
     }
 
@@ -423,9 +468,7 @@ impl Tables {
             policy: now.content.policy,
             ..image.row
         };
-        let same = now.row.is_some()
-            && now.content != as_asked
-            && image.differences(&as_asked, self.found(now)).is_empty();
+        let same = now.row.is_some() && now.content != as_asked && self.has(now, image, &as_asked);
         same.then_some(index)
     }
 
@@ -439,7 +482,7 @@ impl Tables {
             ..image.row
         };
         let row = self.take_row()?;
-        if let Err(error) = put("rows", &mut self.rows, row, content) {
+        if let Err(error) = put("rows", &self.rows, row, content) {
             self.free_rows.push(row);
             return Err(error);
         }
@@ -454,7 +497,7 @@ impl Tables {
             leases: HashMap::new(),
         };
         // After an error it may point there or not, so the new row is not given out again.
-        put("agents", &mut self.agents, index, word)?;
+        put("agents", &self.agents, index, word)?;
         if let Some(mut old) = self.in_force.remove(&index) {
             installed.entries = std::mem::take(&mut old.entries);
             installed.leases = std::mem::take(&mut old.leases);
@@ -474,151 +517,6 @@ impl Tables {
         })
     }
 
-    /// Stages what must be written for `image`: nothing where the kernel has it already.
-    fn stage_change(&mut self, image: &Image) -> Result<(u32, Option<Installed>), ApplyError> {
-        let index = self.assign(&image.id)?;
-        if let Some(now) = self.in_force.get(&index) {
-            let mut differences = image.differences(&now.content, self.found(now));
-            if now.row.is_none() {
-                differences = vec!["its word points to no row of its own".to_owned()];
-            }
-            if differences.is_empty() {
-                return Ok((index, None));
-            }
-            if now.adopted {
-                self.differences.insert(image.id.clone(), differences);
-            }
-        }
-        Ok((index, Some(self.stage(image)?)))
-    }
-
-    /// What is in force of a policy, prefix by prefix.
-    fn found<'a>(&'a self, installed: &'a Installed) -> impl Iterator<Item = Found<'a>> {
-        installed.entries.iter().filter_map(|(place, set)| {
-            Some(Found {
-                serve: place.key.space & SERVE != 0,
-                prefix: place.prefix()?,
-                rules: self.sets.rules(*set),
-            })
-        })
-    }
-
-    /// Points an agent to what was staged for it, and retires what it pointed to.
-    fn flip(&mut self, index: u32, installed: Installed) -> Result<(), ApplyError> {
-        if let Err(error) = put("agents", &mut self.agents, index, installed.word) {
-            self.retired.push((Instant::now(), installed));
-            return Err(error);
-        }
-        if let Some(old) = self.in_force.insert(index, installed) {
-            self.retired.push((Instant::now(), old));
-        }
-        Ok(())
-    }
-
-    /// Writes and reads back everything of `image` but the word that points to it.
-    fn stage(&mut self, image: &Image) -> Result<Installed, ApplyError> {
-        let policy = self.next_policy;
-        self.next_policy += 1;
-        let mut installed = Installed {
-            adopted: false,
-            word: 0,
-            row: None,
-            content: AgentRow {
-                policy,
-                ..image.row
-            },
-            entries: Vec::new(),
-            leases: HashMap::new(),
-        };
-        if let Err(error) = self.stage_into(image, &mut installed) {
-            self.remove(installed);
-            return Err(error);
-        }
-        Ok(installed)
-    }
-
-    fn stage_into(&mut self, image: &Image, installed: &mut Installed) -> Result<(), ApplyError> {
-        let policy = installed.content.policy;
-        for (space, placed) in [(policy, &image.reach), (policy | SERVE, &image.serve)] {
-            for (prefix, rules) in placed {
-                let place = Place::new(space, *prefix);
-                self.check_room(place)?;
-                let set = self.write_rules(rules)?;
-                // Noted first, so that whatever comes of the write is removed again.
-                installed.entries.push((place, set));
-                self.count(place, 1);
-                self.insert(place, set)?;
-            }
-        }
-        self.stage_leases(image, installed)?;
-        let row = self.take_row()?;
-        installed.row = Some(row);
-        installed.word = self.next_word << ROW_INDEX_BITS | u64::from(row);
-        self.next_word += 1;
-        put("rows", &mut self.rows, row, installed.content)
-    }
-
-    fn write_rules(&mut self, rules: &[Rule]) -> Result<u32, ApplyError> {
-        match self.sets.intern(rules) {
-            Interned::Shared(head) => Ok(head),
-            Interned::New(head, blocks) => {
-                for (index, block) in blocks {
-                    if let Err(error) = put("rulesets", &mut self.rulesets, index, block) {
-                        self.sets.release(head);
-                        return Err(error);
-                    }
-                }
-                Ok(head)
-            }
-            Interned::Full(needs) => Err(ApplyError::Full {
-                map: "rulesets",
-                has: self.capacity.rule_sets,
-                needs,
-                limit: "rule_sets",
-            }),
-        }
-    }
-
-    fn check_room(&self, place: Place) -> Result<(), ApplyError> {
-        let (used, has, limit) = match place.bits {
-            None => (self.exact_count, self.capacity.addresses, "addresses"),
-            Some(_) => (self.prefix_count, self.capacity.prefixes, "prefixes"),
-        };
-        if used < has {
-            return Ok(());
-        }
-        Err(ApplyError::Full {
-            map: place.map(),
-            has,
-            needs: used + 1,
-            limit,
-        })
-    }
-
-    fn insert(&mut self, place: Place, set: u32) -> Result<(), ApplyError> {
-        let (map, key) = (place.map(), || place.to_string());
-        let failed = |source| ApplyError::Write {
-            map,
-            key: key(),
-            source: Box::new(source),
-        };
-        let found = match place.bits {
-            None => {
-                self.exacts.insert(place.key, set, 0).map_err(failed)?;
-                self.exacts.get(&place.key, 0)
-            }
-            Some(bits) => {
-                let key = Key::new(bits, place.key);
-                self.prefixes.insert(&key, set, 0).map_err(failed)?;
-                self.prefixes.get(&key, 0)
-            }
-        };
-        if found.map_err(failed)? != set {
-            return Err(ApplyError::ReadBack { map, key: key() });
-        }
-        Ok(())
-    }
-
     fn count(&mut self, place: Place, by: i64) {
         let counter = match place.bits {
             None => &mut self.exact_count,
@@ -628,38 +526,50 @@ impl Tables {
     }
 
     /// Deletes a key; one that is not there is as good.
-    fn delete(&mut self, place: Place) -> Result<(), MapError> {
-        let deleted = match place.bits {
-            None => self.exacts.remove(&place.key),
-            Some(bits) => self.prefixes.remove(&Key::new(bits, place.key)),
-        };
-        match deleted {
-            Err(error) if is_missing(&error) => Ok(()),
-            other => other,
+    fn delete(&self, place: Place) -> io::Result<()> {
+        match place.bits {
+            None => self.exacts.remove(place.key),
+            Some(bits) => self.prefixes.remove(place.prefix_key(bits)),
         }
+        .map(drop)
+    }
+
+    /// Deletes keys; those that are not there are as good.
+    fn delete_all<'a>(&self, places: impl Iterator<Item = &'a Place>) -> io::Result<()> {
+        let (mut exacts, mut prefixes) = (Vec::new(), Vec::new());
+        for place in places {
+            match place.bits {
+                None => exacts.push(place.key),
+                Some(bits) => prefixes.push(place.prefix_key(bits)),
+            }
+        }
+        let removed = self.exacts.remove_all(&exacts);
+        removed.and(self.prefixes.remove_all(&prefixes))
     }
 
     /// Removes what nothing points to.
     fn remove(&mut self, installed: Installed) {
-        let only_leased = installed
-            .leases
-            .iter()
-            .filter(|(_, held)| held.base.is_none());
-        let places: Vec<Place> = installed
-            .entries
-            .iter()
-            .map(|(place, _)| *place)
-            .chain(only_leased.map(|(place, _)| *place))
-            .collect();
-        for place in places {
-            if let Err(error) = self.delete(place) {
-                tracing::warn!(message = "Stale scope entry could not be removed.", %error);
-            }
-            self.count(place, -1);
+        let only_leased = installed.leases.iter();
+        let only_leased = only_leased.filter(|(_, held)| held.base.is_none());
+        let places = installed.entries.iter().map(|(place, _)| place);
+        let places = places.chain(only_leased.map(|(place, _)| place));
+        if let Err(error) = self.delete_all(places) {
+            tracing::warn!(message = "Stale scope entries could not be removed.", %error);
         }
-        let leased = installed.leases.values().map(|held| held.set);
-        for set in installed.entries.iter().map(|(_, set)| *set).chain(leased) {
-            self.sets.release(set);
+        self.forget(installed);
+    }
+
+    /// Gives back what a policy has taken of the room there is; its keys are not in the maps.
+    fn forget(&mut self, installed: Installed) {
+        for (place, held) in &installed.leases {
+            if held.base.is_none() {
+                self.count(*place, -1);
+            }
+            self.sets.release(held.leaf.set);
+        }
+        for (place, leaf) in installed.entries {
+            self.count(place, -1);
+            self.sets.release(leaf.set);
         }
         self.free_rows.extend(installed.row);
     }
@@ -684,20 +594,11 @@ impl Tables {
 }
 
 impl Installed {
-    /// Every key in the kernel, and the rule set behind it.
-    fn places(&self) -> impl Iterator<Item = (Place, u32)> {
+    /// Every key in the kernel, and what it points to.
+    fn places(&self) -> impl Iterator<Item = (Place, Leaf)> {
         let base = self.entries.iter().copied();
         let unleased = base.filter(|(place, _)| !self.leases.contains_key(place));
-        unleased.chain(self.leases.iter().map(|(place, held)| (*place, held.set)))
-    }
-}
-
-/// Whether a key was not there.
-fn is_missing(error: &MapError) -> bool {
-    match error {
-        MapError::KeyNotFound | MapError::ElementNotFound => true,
-        MapError::SyscallError(failed) => failed.io_error.raw_os_error() == Some(libc::ENOENT),
-        _ => false,
+        unleased.chain(self.leases.iter().map(|(place, held)| (*place, held.leaf)))
     }
 }
 

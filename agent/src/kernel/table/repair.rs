@@ -10,7 +10,7 @@ use std::{
 use agent_ebpf::abi::{AgentName, SERVE};
 
 use super::{ApplyError, Image, Place, Spot, SpotKey, Tables, name_bytes, put};
-use crate::kernel::sys;
+use crate::kernel::{image::with_entry, sys};
 
 /// Longer than any program runs, should the kernel not say when the last one has ended.
 const PROGRAM: Duration = Duration::from_millis(20);
@@ -41,7 +41,7 @@ impl Tables {
                     agents.push(agent);
                     Ok(())
                 }
-                Spot::Word(agent) => put("agents", &mut self.agents, agent, 0).map_err(said),
+                Spot::Word(agent) => put("agents", &self.agents, agent, 0).map_err(said),
                 Spot::Row(_) => Ok(()),
                 Spot::Name(agent) => self.rename(agent).map_err(said),
                 Spot::Key(SpotKey(place)) => {
@@ -109,12 +109,12 @@ impl Tables {
             Err(ApplyError::Full { .. }) => self.make_room(agent, &image)?,
             Err(error) => return Err(said(error)),
         };
-        self.flip(agent, installed).map_err(said)
+        self.flip(vec![(agent, installed)]).map_err(said)
     }
 
     /// Where there is no room for both, the agent is denied while the new replaces the old.
     fn make_room(&mut self, agent: u32, image: &Image) -> Result<super::Installed, String> {
-        put("agents", &mut self.agents, agent, 0).map_err(said)?;
+        put("agents", &self.agents, agent, 0).map_err(said)?;
         sys::await_running_programs();
         thread::sleep(PROGRAM);
         if let Some(old) = self.in_force.remove(&agent) {
@@ -139,8 +139,10 @@ impl Tables {
             leases: self.leased_in(installed),
             fresh: false,
         };
-        for (place, set) in &installed.entries {
-            let placed = (place.prefix()?, self.sets.rules(*set)?.to_vec());
+        for (place, leaf) in &installed.entries {
+            let rules = self.sets.rules(leaf.set)?.iter();
+            let rules = rules.map(|rule| with_entry(rule, leaf.entry)).collect();
+            let placed = (place.prefix()?, rules);
             if place.key.space & SERVE == 0 {
                 image.reach.push(placed);
             } else {
@@ -155,7 +157,7 @@ impl Tables {
             Some(id) => name_bytes(id),
             None => AgentName::zeroed(),
         };
-        put("names", &mut self.names, agent, name)
+        put("names", &self.names, agent, name)
     }
 }
 
