@@ -11,10 +11,12 @@ mod bench;
 mod budget;
 mod bypass;
 mod daemon;
+mod evidence;
 mod harness;
 mod kernel;
 mod names;
 mod never_open;
+mod proof;
 mod support;
 
 fn main() -> ExitCode {
@@ -60,7 +62,9 @@ fn cases() -> Vec<harness::Case> {
     cases.extend(names::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
+    cases.extend(evidence::cases());
     cases.extend(never_open::cases());
+    cases.extend(proof::cases());
     cases.extend(budget::cases());
     cases
 }

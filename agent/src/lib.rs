@@ -15,6 +15,7 @@
 //! | `sockets` | `netlink`                      | TCP connections in every network namespace, and their end |
 //! | `dns`     | `policy` (its tables)          | the guard: which name, whose, and which addresses it leases |
 //! | `daemon`  | all of the above               | the only place where they meet |
+//! | `doctor`  | all of the above               | what this host can, and how an agent gets out |
 //! | `cli`     | all of the above               | argv and terminal |
 
 pub mod audit;
@@ -23,6 +24,7 @@ pub mod cli;
 pub mod control;
 pub mod daemon;
 pub mod dns;
+pub mod doctor;
 pub mod kernel;
 pub mod launch;
 mod netlink;

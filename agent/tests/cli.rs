@@ -89,6 +89,7 @@ const COMMANDS: &[&str] = &[
     "check",
     "explain",
     "status",
+    "guard",
     "agents",
     "tail",
     "log",
@@ -97,6 +98,9 @@ const COMMANDS: &[&str] = &[
     "revoke",
     "reload",
     "reconcile",
+    "doctor",
+    "discover",
+    "probe",
     "completions",
     "man",
     "help",
@@ -128,6 +132,10 @@ fn wrong_usage_is_2_and_leaves_stdout_empty() {
         &["nonsense"],
         &["status", "--nonsense"],
         &["status", "extra"],
+        &["status", "--require", "something"],
+        &["guard"],
+        &["guard", "--unit", "x.service", "--cgroup", "/x"],
+        &["guard", "--cgroup", "no/leading/slash"],
         &["completions"],
         &["man", "nonsense"],
         &["tail", "--since", "yesterday"],
@@ -164,6 +172,7 @@ fn without_a_daemon_it_could_not_be_told() {
     for arguments in [
         &["status"][..],
         &["status", "--json"],
+        &["status", "--require", "enforcing"],
         &["agents"],
         &["agents", "x"],
         &["reload"],
@@ -173,6 +182,8 @@ fn without_a_daemon_it_could_not_be_told() {
         &["revoke", "x", "--reason", "y", "--kill"],
         &["reconcile"],
         &["reconcile", "--repair"],
+        &["probe"],
+        &["probe", "x"],
         &["run", "--agent", "x", "--", "true", "--json"],
     ] {
         let output = remit(&settings, arguments);
@@ -233,7 +244,70 @@ fn status_exits_by_posture() {
         assert_eq!(code(&json), expected);
         let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
         assert_eq!(value["posture"], posture.name());
+        let required = asked(&served, &["status", "--require", "enforcing"]);
+        assert_eq!(
+            (code(&required), stdout(&required)),
+            (expected, String::new())
+        );
+        let least = asked(&served, &["status", "--require", "degraded"]);
+        assert_eq!(code(&least), i32::from(posture == Posture::NotEnforcing));
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn probe_exits_by_the_worst_verdict() {
+    let served = served(ELSEWHERE, Answers::default());
+    for (ids, expected, says) in [
+        (
+            &["holds"][..],
+            0,
+            "PASS holds in /agents.slice/x.service: 1 attempts in 80 ms\n",
+        ),
+        (
+            &["dark"],
+            3,
+            "UNKNOWN dark in /agents.slice/x.service: 1 attempts in 80 ms\n  UNKNOWN IPv4 TCP \
+             connect to 192.0.2.7:4000 at cgroup/connect4: must be refused as out_of_scope: \
+             connect ended with ENETUNREACH\n",
+        ),
+    ] {
+        let output = asked(&served, &[&["probe"], ids].concat());
+        assert_eq!((code(&output), stdout(&output).as_str()), (expected, says));
+    }
+    for (ids, expected) in [
+        (&["holds", "open"][..], 1),
+        (&["open", "dark"], 1),
+        (&["holds", "dark"], 3),
+        (&["ghost"], 1),
+    ] {
+        let output = asked(&served, &[&["probe"], ids].concat());
+        assert_eq!(code(&output), expected, "{ids:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn guard_says_whether_a_cgroup_is_guarded() {
+    let served = served(ELSEWHERE, Answers::default());
+    let inside = "/agents.slice/billing-recon.service";
+    let guarded = asked(&served, &["guard", "--cgroup", inside]);
+    assert_eq!(code(&guarded), 0, "{}", stderr(&guarded));
+    assert_eq!(
+        stdout(&guarded),
+        format!("guarded {inside}: fenced, agent billing-recon is active\n")
+    );
+    let outside = asked(&served, &["guard", "--cgroup", "/user.slice"]);
+    assert_eq!(code(&outside), 1);
+    assert_eq!(
+        stderr(&outside),
+        "not guarded: /user.slice: it is below no root\n"
+    );
+    let json = asked(&served, &["guard", "--cgroup", "/user.slice", "--json"]);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(value["ok"], false);
+    let none = asked(&served, &["guard", "--unit", "no-such-unit-here.service"]);
+    assert_eq!(code(&none), 1, "{}", stderr(&none));
 }
 
 #[test]
@@ -251,9 +325,9 @@ fn status_shows_guards_agents_and_the_last_violation() {
 NOT ENFORCING since 2026-11-05T00:00:00Z, revision 7, remit 0.1.0
   because egress is not attached at /agents.slice
 
-GUARD     KIND  ROOT           STATE   EVIDENCE
-connect4  link  /agents.slice  live    link 12, program 44
-egress    link  /agents.slice  ABSENT  link 12, program 44
+GUARD     KIND  ROOT           STATE   AGE  EVIDENCE
+connect4  link  /agents.slice  live    now  link 12, program 44
+egress    link  /agents.slice  ABSENT  now  link 12, program 44
 
 AGENT          STATE   MODE     REVISION  CGROUPS  PROCESSES  ALLOWED  DENIED  MONITORED  EXPIRES
 billing-recon  active  enforce  6         1        2          120      3       0          \
@@ -435,6 +509,7 @@ fn drifted(repaired: Option<bool>) -> Drift {
         found: "0x7\u{1b}[2J".to_owned(),
         wanted: "0x8".to_owned(),
         since_ms: 1_793_836_890_000,
+        remedy: Some("writes it anew".to_owned()),
         repaired,
         error: (repaired == Some(false)).then(|| "no room".to_owned()),
     }
@@ -472,6 +547,14 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
                 false => vec![drifted(None)],
                 true => vec![drifted(Some(true)), drifted(Some(false))],
             },
+            notices: vec![Drift {
+                kind: "unclaimed_cgroup".to_owned(),
+                what: "cgroup /agents.slice/x".to_owned(),
+                agent: None,
+                found: "1 processes that are nobody's".to_owned(),
+                remedy: Some("nothing: register an agent".to_owned()),
+                ..drifted(None)
+            }],
             information: vec!["`coder` has no cgroup yet".to_owned()],
             ..reconciled()
         },
@@ -483,7 +566,12 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
     let sentence = logged(Mending::NotTried);
     assert_eq!(
         stdout(&compared),
-        format!("{sentence}\nInformation: `coder` has no cgroup yet\n")
+        format!(
+            "{sentence}\n  since 2026-11-05T00:01:30Z\n  --repair: writes it anew\nNotice: \
+             unclaimed_cgroup: cgroup /agents.slice/x: 1 processes that are nobody's, since \
+             2026-11-05T00:01:30Z; nothing: register an agent\nInformation: `coder` has no cgroup \
+             yet\n"
+        )
     );
     assert_eq!(
         stderr(&compared),
@@ -493,7 +581,8 @@ fn reconcile_prints_the_sentence_of_the_audit_log_and_exits_by_what_stands() {
     assert_eq!(code(&partly), 1);
     assert!(
         stdout(&partly).starts_with(&format!(
-            "{}\n{}\n",
+            "{}\n  since 2026-11-05T00:01:30Z\n{}\n  since 2026-11-05T00:01:30Z\n  --repair: \
+             writes it anew\n",
             logged(Mending::Mended),
             logged(Mending::Failed("no room".to_owned()))
         )),
@@ -673,6 +762,56 @@ fn tail_reads_the_log_without_a_daemon() {
     let readable = remit(&settings, &["tail"]);
     assert_eq!(stdout(&readable).lines().count(), 2);
     assert!(!stdout(&readable).contains('\u{1b}'));
+    let painted = remit(&settings, &["tail", "--color", "always"]);
+    assert!(stdout(&painted).contains('\u{1b}'));
+}
+
+#[test]
+fn tail_filters_folds_and_converts() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let line = |at: i64, reason: &str, ip: &str, count: u64| {
+        format!(
+            r#"{{"time":{},"class_uid":4001,"action_id":2,"ai_agent":{{"uid":"a"}},"count":{count},"dst_endpoint":{{"ip":"{ip}","port":443}},"unmapped":{{"verdict":"denied","reason":"{reason}","hook":"cgroup/connect4"}}}}"#,
+            1_793_836_800_000 + at
+        )
+    };
+    let lines = [
+        line(0, "out_of_scope", "192.0.2.1", 1),
+        line(1_000, "out_of_scope", "192.0.2.1", 20),
+        line(1_500, "floor", "169.254.169.254", 1),
+        line(2_000, "out_of_scope", "192.0.2.1", 21),
+    ];
+    fs::create_dir(folder.path().join("log")).unwrap();
+    fs::write(
+        folder.path().join("log/violations.jsonl"),
+        lines.clone().map(|line| line + "\n").concat(),
+    )
+    .unwrap();
+    let told = |arguments: &[&str]| {
+        let output = remit(&settings, &[&["tail"], arguments].concat());
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output)
+            .lines()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let folded = told(&[]);
+    assert_eq!(folded.len(), 3, "{folded:?}");
+    assert!(folded[2].ends_with("×41"), "{folded:?}");
+    assert_eq!(told(&["--all"]).len(), 4);
+    assert_eq!(told(&["--json"]), lines);
+    assert_eq!(told(&["--json", "--reason", "floor"]), lines[2..3]);
+    assert_eq!(
+        told(&["--json", "--dest", "192.0.2.0/24:443", "-n", "2"]),
+        [lines[1].clone(), lines[3].clone()]
+    );
+    let ecs = told(&["--format", "ecs", "--reason", "floor"]);
+    assert!(ecs[0].starts_with(r#"{"@timestamp""#), "{ecs:?}");
+    for wrong in [["--format", "xml"], ["--dest", "a b"], ["--color", "some"]] {
+        let output = remit(&settings, &[&["tail"], &wrong[..]].concat());
+        assert_eq!(code(&output), 2);
+    }
 }
 
 /// A trail of a few records in the log folder of the settings.

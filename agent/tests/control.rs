@@ -109,6 +109,58 @@ fn root_outside_the_fence_may_ask_and_change() {
 
 #[test]
 #[ignore = "needs root"]
+fn metrics_come_as_text() {
+    let served = served(ELSEWHERE);
+    let get = "GET /v1/metrics HTTP/1.1\r\nhost: remit\r\n\r\n";
+    let answer = exchange(&served.socket, get);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(
+        answer.contains("content-type: application/openmetrics-text"),
+        "{answer}"
+    );
+    assert!(answer.ends_with("\r\n\r\nremit_problems 0\n# EOF\n"));
+}
+
+#[test]
+fn a_loopback_address_serves_metrics_and_nothing_else() {
+    let (address, _served) = stand_in::scraped();
+    let ask = |request: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let answer = ask("GET /metrics HTTP/1.1\r\nhost: remit\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.ends_with("remit_problems 0\n# EOF\n"), "{answer}");
+    for (request, status) in [
+        ("GET /v1/status", 404),
+        ("GET /v1/metrics", 404),
+        ("POST /metrics", 405),
+        ("POST /v1/reload", 404),
+    ] {
+        let answer = ask(&format!(
+            "{request} HTTP/1.1\r\nhost: remit\r\ncontent-length: 0\r\n\r\n"
+        ));
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{request}: {answer}"
+        );
+    }
+    // Those who connect and say nothing keep nobody out.
+    let _silent: Vec<_> = (0..4)
+        .map(|_| std::net::TcpStream::connect(address).unwrap())
+        .collect();
+    let answer = ask("GET /metrics HTTP/1.1\r\nhost: remit\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_request_that_the_daemon_drops_is_told_as_such() {
     let reload = refusal(client(&served(ELSEWHERE)).post::<Reload>("/reload"));
     assert_eq!(reload.code, Code::Internal);
@@ -128,6 +180,7 @@ fn root_inside_the_fence_may_ask_about_itself_alone() {
         "/nothing",
         "/self/",
         "/reconcile",
+        "/metrics",
     ] {
         let refused = refusal(client.get::<serde_json::Value>(path));
         assert_eq!(refused.code, Code::Forbidden, "{path}");

@@ -5,18 +5,20 @@
 //! checkout, or where `REMIT_OCSF_SCHEMAS` says; without them the test says that nothing was
 //! tested. `REMIT_BLESS=1` writes `docs/events.md` anew.
 
+mod schemas;
+
 use std::{
     env, fs,
     net::{IpAddr, Ipv6Addr},
-    path::{Path, PathBuf},
-    process::Command,
+    path::Path,
 };
 
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 use remit::audit::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Code, Damaged, Decided, Decision,
     Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lookup, Lost,
-    Mending, Parent, ProcessInfo, Refenced, Subject, Succession, Tables, Violation,
+    Mending, Parent, ProbeResult, ProbeRun, ProcessInfo, Reached, Refenced, Subject, Succession,
+    Tables, Violation,
     encode::{ecs, ocsf18},
     human,
     trail::{
@@ -26,6 +28,7 @@ use remit::audit::{
         keys::Signer,
     },
 };
+use schemas::Schemas;
 use serde_json::{Map, Value, json};
 
 fn host() -> Host {
@@ -168,6 +171,28 @@ fn dropped() -> Dropped {
     }
 }
 
+fn reached() -> Reached {
+    Reached {
+        since: 1_795_544_275_000,
+        until: 1_795_544_575_000,
+        agent: agent(),
+        protocol: 6,
+        dst: endpoint([198, 51, 100, 23], Some(443)),
+        destinations: 1,
+        dst_name: None,
+        entry: Some(EntryRef {
+            name: "scope.allow[2]".to_owned(),
+            text: "198.51.100.0/24 443/tcp".to_owned(),
+            file: "/etc/remit/agents.d/billing-recon.toml".to_owned(),
+            line: 24,
+        }),
+        bytes: 1_204_338,
+        packets: 1_021,
+        connections: 14,
+        revision: 12,
+    }
+}
+
 fn decided(what: Decision) -> Value {
     let decided = Decided {
         time: 1_795_544_570_000,
@@ -232,6 +257,7 @@ fn example(code: Code) -> Value {
     match code {
         Code::Denied => denied().to_ocsf(&host(), 48_213),
         Code::Monitored => monitored().to_ocsf(&host(), 48_214),
+        Code::Reached => reached().to_ocsf(&host(), 3_107),
         Code::Dropped => dropped().to_ocsf(&host(), 48_215),
         Code::LookupRefused => refused().to_ocsf(&host(), 48_216),
         Code::LookupMonitored => looked_up().to_ocsf(&host(), 48_217),
@@ -299,6 +325,9 @@ fn example(code: Code) -> Value {
         Code::DriftStands => drift(drifted(Mending::Failed(
             "cannot write `prefixes`: no space left on device".to_owned(),
         ))),
+        Code::ProbePassed => probe(ProbeResult::Pass),
+        Code::ProbeFailed => probe(ProbeResult::Fail),
+        Code::ProbeUnknown => probe(ProbeResult::Unknown),
         Code::StateDamaged => decided(Decision::Damaged(damaged())),
         Code::ClockBehind => decided(Decision::ClockBehind(ClockBehind {
             wall: 1_795_458_170_000,
@@ -386,6 +415,34 @@ fn drifted(mending: Mending) -> Drifted {
         by: Actor::Daemon,
         revision: 12,
     }
+}
+
+fn probe(result: ProbeResult) -> Value {
+    let (name, text) = match result {
+        ProbeResult::Pass => ("pass", "refused at once as out_of_scope, counted and told"),
+        ProbeResult::Fail => ("fail", "connect succeeded, and must be refused"),
+        ProbeResult::Unknown => ("unknown", "connect ended with ENETUNREACH"),
+    };
+    let why = match result {
+        ProbeResult::Pass => Vec::new(),
+        ProbeResult::Fail | ProbeResult::Unknown => vec![format!("IPv4 TCP connect: {text}")],
+    };
+    let check = (
+        "IPv4 TCP connect".to_owned(),
+        name,
+        format!("to 198.51.100.7:40112, must be refused as out_of_scope: {text}"),
+    );
+    decided(Decision::Probed(Box::new(ProbeRun {
+        agent: "billing-recon".to_owned(),
+        hash: agent().hash,
+        run: "2a5f1c3e9b00".to_owned(),
+        result,
+        why,
+        began: 1_795_544_569_000,
+        checks: vec![check],
+        by: Actor::Daemon,
+        revision: 12,
+    })))
 }
 
 fn drift(drifted: Drifted) -> Value {
@@ -597,103 +654,27 @@ fn variants() -> Vec<Value> {
     events
 }
 
-fn schemas() -> PathBuf {
-    env::var_os("REMIT_OCSF_SCHEMAS").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/ocsf"),
-        PathBuf::from,
-    )
-}
-
 #[test]
 fn every_event_is_valid_ocsf() {
-    let dir = schemas();
-    // Not passed over where they are missing: `cargo xtask test` leaves this test out there, and
-    // counts it as not tested.
-    let listing = fs::read_dir(&dir).unwrap_or_else(|error| {
-        panic!(
-            "no OCSF schemas at {}: {error}; set REMIT_OCSF_SCHEMAS",
-            dir.display()
-        )
-    });
-    let mut validators = Vec::new();
-    for file in listing {
-        let path = file.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        let Some(stem) = name.strip_suffix(".schema.json") else {
-            continue;
-        };
-        let class: u64 = stem.rsplit('.').next().unwrap().parse().unwrap();
-        let schema = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        validators.push((class, jsonschema::validator_for(&schema).unwrap()));
-    }
-    for event in variants() {
-        let class = event["class_uid"].as_u64().unwrap();
-        let (_, validator) = validators.iter().find(|(uid, _)| *uid == class).unwrap();
-        let errors: Vec<String> = validator
-            .iter_errors(&event)
-            .map(|error| format!("{}: {error}", error.instance_path()))
-            .collect();
-        assert!(errors.is_empty(), "{errors:#?}\n{event:#}");
-    }
+    let schemas = Schemas::of_1_9();
+    variants().iter().for_each(|event| schemas.check(event));
     // The check is able to fail.
     let mut broken = example(Code::Denied);
     broken["connection_info"]
         .as_object_mut()
         .unwrap()
         .remove("direction_id");
-    let (_, validator) = validators.iter().find(|(uid, _)| *uid == 4001).unwrap();
-    assert!(!validator.is_valid(&broken));
+    assert!(!schemas.is_valid(&broken));
 }
-
-/// The schemas of OCSF 1.8.0 for the classes used, out of PyPI's `ocsf-json-schema`.
-const PACKAGED: &str = r#"
-import json
-from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
-schema = OcsfJsonSchemaEmbedded(get_ocsf_schema(version="1.8.0"))
-names = {
-    2004: "detection_finding",
-    3004: "entity_management",
-    4001: "network_activity",
-    4003: "dns_activity",
-    5019: "device_config_state_change",
-    6002: "application_lifecycle",
-}
-print(json.dumps({uid: schema.get_class_schema(name, ["host", "security_control"])
-                  for uid, name in names.items()}))
-"#;
 
 #[test]
 fn every_event_has_a_valid_form_in_ocsf_1_8() {
-    // Not passed over where the package is missing: `cargo xtask test` leaves this test out there,
-    // and counts it as not tested.
-    let python = env::var_os("REMIT_PYTHON").unwrap_or_else(|| "python3".into());
-    let printed = Command::new(&python).args(["-c", PACKAGED]).output();
-    let printed = printed.unwrap_or_else(|error| panic!("no {}: {error}", python.display()));
-    assert!(
-        printed.status.success(),
-        "{} has no package `ocsf-json-schema`; set REMIT_PYTHON: {}",
-        python.display(),
-        String::from_utf8_lossy(&printed.stderr)
-    );
-    let schemas: Value = serde_json::from_slice(&printed.stdout).unwrap();
-    let validators: Vec<(String, _)> = schemas
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(uid, schema)| (uid.clone(), jsonschema::validator_for(schema).unwrap()))
-        .collect();
+    let schemas = Schemas::of_1_8();
     for event in variants() {
-        let old = ocsf18::encode(&event);
-        let uid = old["class_uid"].to_string();
-        let (_, validator) = validators.iter().find(|(known, _)| *known == uid).unwrap();
-        let errors: Vec<String> = validator
-            .iter_errors(&old)
-            .map(|error| format!("{}: {error}", error.instance_path()))
-            .collect();
-        assert!(errors.is_empty(), "{errors:#?}\n{old:#}");
+        schemas.check(&ocsf18::encode(&event));
         // And the newer form is not one of the older schema: the check is able to fail.
         if event["ai_agent"].is_object() {
-            assert!(!validator.is_valid(&event));
+            assert!(!schemas.is_valid(&event));
         }
     }
 }
@@ -765,10 +746,19 @@ fn captions_agree_with_their_ids() {
             "severity",
             &[(1, "Informational"), (2, "Low"), (3, "Medium"), (4, "High")],
         ),
-        ("action", &[(2, "Denied"), (3, "Observed"), (4, "Modified")]),
+        (
+            "action",
+            &[
+                (1, "Allowed"),
+                (2, "Denied"),
+                (3, "Observed"),
+                (4, "Modified"),
+            ],
+        ),
         (
             "disposition",
             &[
+                (1, "Allowed"),
                 (2, "Blocked"),
                 (11, "Corrected"),
                 (13, "Uncorrected"),
@@ -781,6 +771,7 @@ fn captions_agree_with_their_ids() {
     let of_findings: &[(u64, &str)] = &[(1, "New"), (2, "In Progress"), (4, "Resolved")];
     let of_others: &[(u64, &str)] = &[(1, "Success"), (2, "Failure")];
     let activities: &[(u64, u64, &str)] = &[
+        (2003, 1, "Create"),
         (2004, 1, "Create"),
         (2004, 2, "Update"),
         (2004, 3, "Close"),
@@ -790,6 +781,7 @@ fn captions_agree_with_their_ids() {
         (3004, 13, "Resume"),
         (4001, 1, "Open"),
         (4001, 5, "Refuse"),
+        (4001, 6, "Traffic"),
         (4003, 1, "Query"),
         (5019, 1, "Log"),
         (6002, 3, "Start"),
@@ -800,6 +792,7 @@ fn captions_agree_with_their_ids() {
         (6002, 99, "Other"),
     ];
     let classes: &[(u64, &str, u64, &str)] = &[
+        (2003, "Compliance Finding", 2, "Findings"),
         (2004, "Detection Finding", 2, "Findings"),
         (3004, "Entity Management", 3, "Identity & Access Management"),
         (4001, "Network Activity", 4, "Network Activity"),
@@ -818,7 +811,11 @@ fn captions_agree_with_their_ids() {
             assert_eq!(event[*key], pair.unwrap().1, "{key} {id}");
         }
         let uid = event["class_uid"].as_u64().unwrap();
-        let statuses = if uid == 2004 { of_findings } else { of_others };
+        let statuses = if uid == 2003 || uid == 2004 {
+            of_findings
+        } else {
+            of_others
+        };
         let status = statuses.iter().find(|(id, _)| event["status_id"] == *id);
         assert_eq!(event["status"], status.unwrap().1);
         let (_, class, category, category_name) =
@@ -839,11 +836,8 @@ fn captions_agree_with_their_ids() {
 
 #[test]
 fn what_the_contract_promises_is_always_there() {
-    let told = variants();
-    let told = told
-        .iter()
-        .filter(|event| event["class_uid"] == 4001 || event["class_uid"] == 4003);
-    for event in told {
+    let is_violation = |event: &&Value| event["metadata"]["log_name"] == "violations";
+    for event in variants().iter().filter(is_violation) {
         for pointer in [
             "/time",
             "/metadata/sequence",
@@ -900,6 +894,14 @@ fn what_is_decided_about_an_agent_names_it_and_who_asked() {
                 assert!(event["actor"].is_object());
                 let states = ["/entity/data/state", "/updated_entity/data/state"];
                 assert!(states.iter().all(|state| at(state).unwrap().is_string()));
+            }
+            2003 => {
+                let agent = at("/unmapped/agent");
+                assert_eq!(agent, at("/evidences/0/ai_agent/uid"));
+                assert!(at("/unmapped/probe").unwrap().is_string());
+                let failed = event["compliance"]["status"] == "Fail";
+                assert_eq!(event["is_alert"], failed);
+                assert_eq!(event["severity_id"] == 4, failed);
             }
             2004 => {
                 let agent = at("/unmapped/agent");

@@ -20,6 +20,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+mod brief;
 pub mod lookup;
 pub mod socket;
 pub mod traffic;
@@ -133,6 +134,10 @@ pub enum Op {
         millis: u64,
         per_second: u32,
     },
+    /// Forks so many processes, one after the other, that name themselves `brief-PID`, connect and
+    /// end; the value is how many were refused with EPERM, the answers' values how long each lived
+    /// in nanoseconds.
+    Brief { addr: SocketAddr, count: u32 },
     /// Whether a descriptor that it did not open itself is there: EBADF if not.
     Inherited { fd: i32 },
     /// Its own process id.
@@ -319,6 +324,7 @@ impl Actor {
             } => flood(self.socket(*id)?, data, *millis, *per_second, |number| {
                 another(*addr, number)
             }),
+            Op::Brief { addr, count } => brief::live(*addr, *count),
             Op::Inherited { fd } => {
                 // SAFETY: asks for the flags of a number, whatever it stands for.
                 Errno::result(unsafe { libc::fcntl(*fd, libc::F_GETFD) }).map(|_| value(0))

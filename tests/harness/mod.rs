@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result, bail};
 pub mod faulty;
 mod need;
 mod runner;
+mod samples;
 pub mod sweep;
 
 pub use need::Need;
@@ -112,8 +113,9 @@ pub fn one(cases: &[Case], name: &str, unique: &str) -> Result<ExitCode> {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut ctx = Ctx::enter(unique)?;
         let outcome = (case.run)(&mut ctx);
-        if outcome.is_err() {
-            ctx.explain();
+        match &outcome {
+            Ok(_) => samples::keep(&ctx)?,
+            Err(_) => ctx.explain(),
         }
         outcome
     }));

@@ -115,6 +115,34 @@ impl Pinned {
         }
     }
 
+    /// Writes the reader's position of a ring, as a reader that is broken would.
+    pub fn set_consumer(&self, position: impl FnOnce(u64) -> u64) -> io::Result<()> {
+        // SAFETY: a number in, a number out.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let map = |offset: usize, protection| {
+            // SAFETY: a fresh mapping of a page that the kernel offers for this; checked below.
+            let at = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    page,
+                    protection,
+                    libc::MAP_SHARED,
+                    self.0.as_raw_fd(),
+                    offset as libc::off_t,
+                )
+            };
+            if at == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(at.cast::<u64>())
+        };
+        let consumer = map(0, libc::PROT_READ | libc::PROT_WRITE)?;
+        let producer = map(page, libc::PROT_READ)?;
+        // SAFETY: both pages are mapped, and never unmapped: the case's process ends soon.
+        unsafe { consumer.write_volatile(position(producer.read_volatile())) };
+        Ok(())
+    }
+
     /// Detaches a link.
     pub fn detach(&self) -> io::Result<()> {
         let mut attr = Attr::default();

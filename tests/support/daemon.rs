@@ -31,6 +31,8 @@ pub struct Settings {
     pub on_bad_registry: &'static str,
     /// The inside of `[dns]`.
     pub dns: String,
+    /// More keys of `[enforcement]`.
+    pub enforcement: &'static str,
     /// More TOML.
     pub more: String,
 }
@@ -41,6 +43,7 @@ impl Default for Settings {
             unregistered: "deny",
             on_bad_registry: "keep",
             dns: "enabled = false\n".to_owned(),
+            enforcement: "",
             more: String::new(),
         }
     }
@@ -88,10 +91,11 @@ impl Place {
              floor = \"{at}/floor.toml\"\nrun = \"{at}/run\"\nlog = \"{at}/log\"\n\
              state = \"{at}/state\"\nbpffs = \"{at}/bpf\"\n\
              [enforcement]\nroots = [\"{}\"]\nunregistered = \"{}\"\ncontainment = \"off\"\n\
-             on_bad_registry = \"{}\"\n[dns]\n{}{}",
+             on_bad_registry = \"{}\"\n{}[dns]\n{}{}",
             place.root,
             settings.unregistered,
             settings.on_bad_registry,
+            settings.enforcement,
             settings.dns,
             settings.more
         );

@@ -396,6 +396,25 @@ impl Fixture {
         Ok(())
     }
 
+    /// The same over all files of the log, whoever rotated them.
+    pub fn reconcile_all(&self, id: &str, name: &str) -> Result<()> {
+        eventually(8, || {
+            let denied = self.place().status()?.denied(id, None)?;
+            let mut told = 0;
+            for line in crate::evidence::reader::all_lines(&self.place().at("log"), name)? {
+                let line = Line(serde_json::from_str(&line).context("not JSON")?);
+                if line.agent() == id && line.is_denial() {
+                    told += line.count();
+                }
+            }
+            expect(
+                &format!("sum over all lines of {id} against the kernel's counter"),
+                told,
+                denied,
+            )
+        })
+    }
+
     /// The sum over an agent's denial lines is the kernel's counter, exactly.
     pub fn reconcile(&self, id: &str) -> Result<()> {
         eventually(8, || {

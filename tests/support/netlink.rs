@@ -35,6 +35,16 @@ pub fn link_up(index: i32) -> io::Result<()> {
     request(SockProtocol::NetlinkRoute, RTM_NEWLINK, flags, &body)
 }
 
+/// Takes a device down in the namespace of the calling thread.
+pub fn link_down(index: i32) -> io::Result<()> {
+    let mut body = vec![0_u8, 0, 0, 0];
+    body.extend(index.to_ne_bytes());
+    body.extend(0_u32.to_ne_bytes());
+    body.extend(IFF_UP.to_ne_bytes());
+    let flags = NLM_F_REQUEST | NLM_F_ACK;
+    request(SockProtocol::NetlinkRoute, RTM_NEWLINK, flags, &body)
+}
+
 /// Adds an address with a prefix to a device. On `lo` a whole IPv4 prefix becomes local, as
 /// 127.0.0.0/8 is; of an IPv6 prefix only the address.
 pub fn add_address(index: i32, ip: IpAddr, prefix: u8) -> io::Result<()> {

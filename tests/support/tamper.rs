@@ -41,6 +41,11 @@ impl Pins {
         one(found, program)
     }
 
+    /// The ring.
+    pub fn ring(&self) -> Result<Pinned> {
+        Ok(Pinned::open(&self.only("events")?)?)
+    }
+
     fn only(&self, name: &str) -> Result<PathBuf> {
         let mut found = Vec::new();
         self.find(&self.0, name, &mut found);

@@ -12,7 +12,7 @@ use crate::lint::sources;
 type Layer = (&'static str, &'static [&'static str]);
 
 /// In dependency order; the table in `agent/src/lib.rs` says the same in words.
-const LAYERS: [Layer; 13] = [
+const LAYERS: [Layer; 14] = [
     ("policy", &[]),
     ("netlink", &[]),
     ("cgroup", &[]),
@@ -30,17 +30,21 @@ const LAYERS: [Layer; 13] = [
         ],
     ),
     (
+        "doctor",
+        &["policy", "cgroup", "kernel", "audit", "sockets", "daemon"],
+    ),
+    (
         "cli",
         &[
             "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets", "dns",
-            "daemon",
+            "daemon", "doctor",
         ],
     ),
     (
         "main",
         &[
             "policy", "cgroup", "launch", "kernel", "audit", "control", "state", "sockets", "dns",
-            "daemon", "cli",
+            "daemon", "doctor", "cli",
         ],
     ),
 ];

@@ -2,9 +2,9 @@
 //! VM for each kernel of the matrix. Whatever could not run is in the table with its reason.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead as _, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -26,6 +26,11 @@ const UNIT: &str = "unit tests";
 const NEEDS_SCHEMAS: &str = "every_event_is_valid_ocsf";
 /// The unit test that has nothing to compare with where Python lacks the packaged schemas.
 const NEEDS_PACKAGE: &str = "every_event_has_a_valid_form_in_ocsf_1_8";
+/// The tests of lines that the kernel tests wrote.
+const OF_REAL_RUNS: [&str; 2] = [
+    "lines_of_a_real_run_are_valid_in_1_9",
+    "lines_of_a_real_run_have_valid_forms_in_1_8",
+];
 const HOST: &str = "host";
 /// One host test at a time says nothing, and none of them is emulated.
 const LIMITS: Limits = Limits {
@@ -115,6 +120,12 @@ fn host(workspace: &Workspace, verbose: bool) -> Result<Place> {
             .env("REMIT_BIN", programs.join("remit"))
             .env("REMIT_NEXT_BIN", programs.join(build::NEXT))
             .env("REMIT_POLICIES", workspace.root.join("policies"));
+        let samples = workspace.target.join("samples");
+        if samples.exists() {
+            fs::remove_dir_all(&samples).context("cannot empty the folder of samples")?;
+        }
+        fs::create_dir_all(&samples).context("cannot make the folder of samples")?;
+        command.env("REMIT_SAMPLES", &samples);
         let log: PathBuf = workspace.target.join("host.log");
         let show = Show {
             name: HOST,
@@ -122,7 +133,9 @@ fn host(workspace: &Workspace, verbose: bool) -> Result<Place> {
             verbose,
         };
         let findings = watch::run(command, &LIMITS, &show);
-        place.state = State::Ran(findings.unwrap_or_else(|error| Findings::broken(&error)));
+        let mut findings = findings.unwrap_or_else(|error| Findings::broken(&error));
+        real_runs(workspace, &samples, &mut findings)?;
+        place.state = State::Ran(findings);
         place.took = began.elapsed();
     }
     talk::note(&place.closing());
@@ -146,8 +159,9 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
         // Those marked so need root; for anybody else they count as not tested.
         arguments.push("--include-ignored");
     }
-    let schemas = env::var_os("REMIT_OCSF_SCHEMAS")
-        .map_or_else(|| workspace.root.join("../shared/ocsf"), PathBuf::from);
+    // Those come behind the kernel tests.
+    arguments.extend(OF_REAL_RUNS.iter().flat_map(|test| ["--skip", *test]));
+    let schemas = schemas(workspace);
     if !schemas.is_dir() {
         arguments.extend(["--skip", NEEDS_SCHEMAS]);
     }
@@ -208,6 +222,56 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
     };
     talk::note(&place.closing());
     Ok(place)
+}
+
+/// Where the schemas of OCSF 1.9.0 are, if they are there.
+fn schemas(workspace: &Workspace) -> PathBuf {
+    env::var_os("REMIT_OCSF_SCHEMAS")
+        .map_or_else(|| workspace.root.join("../shared/ocsf"), PathBuf::from)
+}
+
+/// Holds what the kernel tests of this host have written against the schemas.
+fn real_runs(workspace: &Workspace, samples: &Path, findings: &mut Findings) -> Result<()> {
+    let here = [schemas(workspace).is_dir(), has_packaged_schemas()];
+    for (test, is_here) in OF_REAL_RUNS.into_iter().zip(here) {
+        let (outcome, why) = if is_here {
+            let arguments = [
+                "test",
+                "--locked",
+                "--package",
+                "remit",
+                "--test",
+                "real_run",
+                "--",
+                "--exact",
+                test,
+            ];
+            let mut cargo = Command::from(workspace.cargo(&arguments));
+            let passed = cargo
+                .env("REMIT_SAMPLES", samples)
+                .status()
+                .context("cannot start cargo test")?
+                .success();
+            match passed {
+                true => (Outcome::Passed, ""),
+                false => (Outcome::Failed, "see its output above"),
+            }
+        } else {
+            (Outcome::NotTested, "its schemas are not here")
+        };
+        match outcome {
+            Outcome::Passed => findings.sum.passed += 1,
+            Outcome::Failed => findings.sum.failed += 1,
+            Outcome::NotTested => findings.sum.not_tested += 1,
+        }
+        findings.verdicts.push(Verdict {
+            test: test.to_owned(),
+            outcome,
+            why: why.to_owned(),
+            ms: 0,
+        });
+    }
+    Ok(())
 }
 
 /// Whether the Python that the tests ask has PyPI's `ocsf-json-schema`.

@@ -12,6 +12,18 @@ shared! {
     }
 }
 
+shared! {
+    /// Key of `access`.
+    pub struct AccessKey {
+        /// The agent.
+        pub agent: u32,
+        /// IP protocol and, in the lower half, the peer's port.
+        pub flow: u32,
+        /// The peer's address.
+        pub addr: Addr,
+    }
+}
+
 /// Bit of [`ScopeKey::space`]: the entry is about clients to answer, and the ports of its rules
 /// are local ones.
 pub const SERVE: u64 = 1 << 63;

@@ -9,6 +9,12 @@ pub const SETS_PER_ADDRESS: usize = 8;
 pub const MAX_LEVELS: u32 = 32;
 /// Places of the per-CPU allow cache (a power of two), two slots each: 80 KiB a CPU.
 pub const CACHE_PLACES: u32 = 512;
+/// One packet in [`super::Slot::passed`]. The bytes below it are 64 GiB and the packets above it 268
+/// million, more than one processor sends in the second that a slot lives.
+pub const PACKET: u64 = 1 << 36;
+/// Destinations of all agents together that the daemon has not taken yet: it does once a second.
+/// What finds no room is counted.
+pub const ACCESS_ENTRIES: u32 = 65_536;
 /// Slots of the per-CPU memory of whose a cgroup is (a power of two): 8 KiB a CPU.
 pub const HOMES: u32 = 256;
 /// Ticks (`jiffies`) for which that memory is trusted: a quarter of a second at a tick of one

@@ -93,6 +93,8 @@ shared! {
         pub deadline: u64,
         /// The kernel's tick (`jiffies`) during which `deadline` is known not to come.
         pub tick: u64,
+        /// What passed by it: bytes, and from [`super::PACKET`] up, packets. It holds a second's worth.
+        pub passed: u64,
         /// The agent.
         pub agent: u32,
         /// Odd while the slot is being written: a task can be preempted, or a softirq can come in
@@ -101,8 +103,20 @@ shared! {
         /// IP protocol and, in the lower half, the peer's port; the highest bit says that this is a
         /// refusal.
         pub flow: u32,
-        /// Of a refusal: the count of leases at the time, its lower half.
-        pub leases: u32,
+        /// Of an allow: connections that began by it. Of a refusal: the count of leases at the time, its
+        /// lower half.
+        pub extra: u32,
+    }
+
+    /// Value of `access`: what an agent sent to a destination since the daemon last took it. Also
+    /// that of `beyond`, per CPU: what found no room there, of all agents, since the map was made.
+    pub struct Access {
+        /// Bytes, IP headers included.
+        pub bytes: u64,
+        /// Packets, as the stack hands them to the device: one may be cut into many.
+        pub packets: u64,
+        /// Connections.
+        pub connections: u64,
     }
 
     /// Value of `homes`, per CPU: whose a cgroup was found to be.

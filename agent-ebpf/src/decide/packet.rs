@@ -28,7 +28,8 @@ pub trait Bytes {
 }
 
 /// What the hook needs to know of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, zerocopy::FromBytes)]
+#[repr(C)]
 pub struct Packet {
     /// Source.
     pub source: Addr,

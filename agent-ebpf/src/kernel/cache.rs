@@ -14,7 +14,10 @@
 use agent_ebpf::abi::{Addr, CACHE_NANOS, CACHE_PLACES, Slot, Slots, TICK_NANOS};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns};
 
-use super::maps::{CACHE, epoch, leases, word};
+use super::{
+    access::{self, Use},
+    maps::{CACHE, epoch, leases, word},
+};
 
 /// What a verdict is remembered by.
 #[derive(Clone, Copy)]
@@ -56,7 +59,7 @@ fn halves(addr: &Addr) -> (u64, u64) {
 }
 
 /// Bit of [`Slot::flow`]: the slot is a refusal.
-const REFUSAL: u32 = 1 << 31;
+pub const REFUSAL: u32 = 1 << 31;
 
 impl Question<'_> {
     #[inline(always)]
@@ -115,9 +118,17 @@ fn is_about(slot: *mut Slot, question: &Question<'_>, flow: u32) -> bool {
 
 const _: () = assert!(core::mem::offset_of!(Slot, addr).is_multiple_of(8));
 
+/// An allow that is remembered.
+pub struct Hit {
+    /// The agent that may.
+    pub agent: u32,
+    /// The slot that says so.
+    pub slot: *mut Slot,
+}
+
 /// The agent that may, if this slot says so.
 #[inline(always)]
-fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<u32> {
+fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<Hit> {
     let sequence = get!(slot.sequence);
     if sequence & 1 != 0 || !is_about(slot, question, question.flow()) {
         return None;
@@ -129,7 +140,7 @@ fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<u32> {
     let tick = tick();
     if get!(slot.tick) == tick {
         // Last: nothing was overwritten while the fields were read one by one.
-        return (get!(slot.sequence) == sequence).then_some(agent);
+        return (get!(slot.sequence) == sequence).then_some(Hit { agent, slot });
     }
     let now = boot_now();
     let deadline = get!(slot.deadline);
@@ -139,15 +150,15 @@ fn ask(slot: *mut Slot, question: &Question<'_>) -> Option<u32> {
     if deadline - now > TICK_NANOS {
         set!(slot.tick = tick);
     }
-    Some(agent)
+    Some(Hit { agent, slot })
 }
 
 /// The agent that may, if the cache knows.
 #[inline(always)]
-pub fn hit(question: &Question<'_>) -> Option<u32> {
+pub fn hit(question: &Question<'_>) -> Option<Hit> {
     let place = question.place()?;
     match ask(slot(place, 0), question) {
-        Some(agent) => Some(agent),
+        Some(hit) => Some(hit),
         None => ask(slot(place, 1), question),
     }
 }
@@ -162,7 +173,7 @@ fn ask_refusal(slot: *mut Slot, question: &Question<'_>, now: u64) -> Option<u32
     let agent = get!(slot.agent);
     if get!(slot.row) != word(agent)
         || get!(slot.epoch) != epoch()
-        || get!(slot.leases) != leases()
+        || get!(slot.extra) != leases()
         || now >= get!(slot.deadline)
         || get!(slot.sequence) != sequence
     {
@@ -196,20 +207,25 @@ pub struct Basis {
     pub now: u64,
 }
 
-/// Remembers an allow, until `until` at most.
+/// Remembers an allow, until `until` at most, and what was used of it at once.
 #[inline(always)]
-pub fn remember(question: &Question<'_>, basis: &Basis, until: u64) {
-    write(question, basis, until, question.flow());
+pub fn remember(question: &Question<'_>, basis: &Basis, until: u64, used: Use) {
+    write(question, basis, until, question.flow(), used);
 }
 
 /// Remembers an `out_of_scope`.
 #[inline(always)]
 pub fn remember_refusal(question: &Question<'_>, basis: &Basis, until: u64) {
-    write(question, basis, until, question.flow() | REFUSAL);
+    // Of a refusal the word of the connections has another meaning.
+    let used = Use {
+        passed: 0,
+        connections: basis.leases,
+    };
+    write(question, basis, until, question.flow() | REFUSAL, used);
 }
 
 #[inline(always)]
-fn write(question: &Question<'_>, basis: &Basis, until: u64, flow: u32) {
+fn write(question: &Question<'_>, basis: &Basis, until: u64, flow: u32, used: Use) {
     let Some(place) = question.place() else {
         return;
     };
@@ -229,6 +245,8 @@ fn write(question: &Question<'_>, basis: &Basis, until: u64, flow: u32) {
     }
     let end = basis.now + CACHE_NANOS;
     set!(slot.sequence = sequence.wrapping_add(1));
+    let _done = access::carry(slot);
+    set!(slot.passed = used.passed);
     set!(slot.cgroup = question.cgroup);
     set!(slot.addr = *question.addr);
     set!(slot.row = basis.word);
@@ -238,6 +256,6 @@ fn write(question: &Question<'_>, basis: &Basis, until: u64, flow: u32) {
     set!(slot.tick = tick().wrapping_sub(1));
     set!(slot.agent = basis.agent);
     set!(slot.flow = flow);
-    set!(slot.leases = basis.leases);
+    set!(slot.extra = used.connections);
     set!(slot.sequence = sequence.wrapping_add(2));
 }

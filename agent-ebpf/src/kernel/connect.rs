@@ -12,12 +12,13 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache, dns,
+    access, cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables},
     peer::ByTag,
     verdict::{ALLOW, Ruling, rule},
+    wipe::place,
 };
 
 const PASS: i32 = 1;
@@ -66,9 +67,10 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         port,
         protocol,
     };
-    if let Some(agent) = cache::hit(&question) {
+    if let Some(hit) = cache::hit(&question) {
+        access::connected(hit.slot);
         remember(ctx, &addr, port);
-        emit::allowed(agent);
+        emit::allowed(hit.agent);
         return PASS;
     }
     if port == DNS_PORT {
@@ -116,18 +118,19 @@ fn slowly(
         now: cache::boot_now(),
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
-    if again(&attempt, &mut who) != 0 {
+    let verdict = if again(&attempt, &mut who) != 0 {
         ruling = Ruling::deny(Reason::OutOfScope);
+        Verdict::Denied as u32
     } else {
-        ask(ctx, &mut attempt, &mut who, &mut ruling);
-    }
-    if ruling.verdict == ALLOW {
+        ask(ctx, &mut attempt, &mut who, &mut ruling)
+    };
+    if verdict == u32::from(ALLOW) {
         remember(ctx, &addr, port);
         emit::allowed(who.agent);
         return PASS;
     }
     report(&attempt, &ruling, &who);
-    if ruling.verdict == Verdict::Monitored as u8 {
+    if verdict == Verdict::Monitored as u32 {
         remember(ctx, &addr, port);
         return PASS;
     }
@@ -172,15 +175,17 @@ struct Who {
     policy: u64,
 }
 
-/// Asks the tables, and remembers what may be.
+/// Asks the tables, and remembers what may be. Returns the verdict: of a function without a result,
+/// or whose result nobody uses, the compiler may leave an address of the stack in the register for
+/// it, which the verifier refuses.
 #[inline(never)]
-fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) {
+fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut Ruling) -> u32 {
     // Read before the tables are: if any of them changes meanwhile, what is remembered is stale.
     let (epoch, leases) = (maps::epoch(), maps::leases());
     who.agent = identity::of_current(who.cgroup);
     let word = maps::word(who.agent);
     let Some(row) = maps::row(word) else {
-        return;
+        return hide32(ruling.verdict.into());
     };
     who.policy = row.policy;
     let tables = Tables {
@@ -199,17 +204,30 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
         now: attempt.now,
     };
     if ruling.cacheable != 0 {
-        cache::remember(&question(attempt, who.cgroup), &basis, ruling.until);
+        cache::remember(
+            &question(attempt, who.cgroup),
+            &basis,
+            ruling.until,
+            access::Use::CONNECTION,
+        );
     } else if ruling.reason == Reason::OutOfScope as u8 && ruling.verdict == Verdict::Denied as u8 {
         cache::remember_refusal(&question(attempt, who.cgroup), &basis, row.deadline);
     }
+    hide32(ruling.verdict.into())
 }
 
 /// Reports what was not plainly allowed.
 #[inline(never)]
 fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
-    let mut event = emit::blank(attempt.hook, who.agent, who.cgroup, attempt.now);
-    ruling.fill(&mut event);
+    let mut record = place();
+    let event = emit::blank(
+        &mut record,
+        attempt.hook,
+        who.agent,
+        who.cgroup,
+        attempt.now,
+    );
+    ruling.fill(event);
     event.policy = who.policy;
     event.addr = attempt.addr;
     event.port = attempt.port;
@@ -221,5 +239,5 @@ fn report(attempt: &Attempt, ruling: &Ruling, who: &Who) {
     };
     event.pid = emit::pid();
     event.witness = Witness::Current as u8;
-    emit::report(&mut event, Naming::Current);
+    emit::report(event, Naming::Current);
 }

@@ -15,6 +15,7 @@ use super::{
     emit::{self, Naming},
     identity, maps,
     verdict::Ruling,
+    wipe::place,
 };
 
 const PASS: i32 = 1;
@@ -56,15 +57,22 @@ fn judge(ctx: &SockContext, kind: u32, protocol: u32) -> i32 {
         ruling = Ruling::deny(Reason::SocketType);
         policy = row.policy;
     }
-    let mut event = emit::blank(Hook::SockCreate, agent, cgroup, cache::boot_now());
-    ruling.fill(&mut event);
+    let mut record = place();
+    let event = emit::blank(
+        &mut record,
+        Hook::SockCreate,
+        agent,
+        cgroup,
+        cache::boot_now(),
+    );
+    ruling.fill(event);
     event.policy = policy;
     event.protocol = protocol as u8;
     event.socket_type = kind as u8;
     event.family = field!(ctx.sock, family) as u8;
     event.pid = emit::pid();
     event.witness = Witness::Current as u8;
-    emit::report(&mut event, Naming::Current);
+    emit::report(event, Naming::Current);
     aya_log_ebpf::debug!(ctx, "create: agent {} refused type {}", agent, kind);
     REFUSE
 }

@@ -14,6 +14,8 @@
 //! The sendmsg, recvmsg and getpeername programs are attached while some agent uses names: sendmsg
 //! costs every unconnected UDP send of the host.
 
+use core::mem::MaybeUninit;
+
 use agent_ebpf::{
     abi::{
         Addr, AgentRow, Asked, Asker, Cause, DNS_PORT, EndpointKey, FLAG_NAMES, Guardian, Hook,
@@ -453,8 +455,9 @@ fn send(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
 #[inline(never)]
 fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) -> u32 {
     let cgroup = identity::current_cgroup();
-    let mut event = emit::blank(hook, agent, cgroup, cache::boot_now());
-    unguarded().fill(&mut event);
+    let mut record = MaybeUninit::uninit();
+    let event = emit::blank(&mut record, hook, agent, cgroup, cache::boot_now());
+    unguarded().fill(event);
     if let Some(row) = maps::row(maps::word(agent)) {
         event.policy = row.policy;
     }
@@ -468,7 +471,7 @@ fn report(addr: &Addr, agent: u32, hook: Hook, protocol: u8) -> u32 {
     };
     event.pid = emit::pid();
     event.witness = Witness::Current as u8;
-    emit::report(&mut event, Naming::Current);
+    emit::report(event, Naming::Current);
     hide32(0)
 }
 

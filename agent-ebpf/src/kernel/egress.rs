@@ -7,7 +7,7 @@ use agent_ebpf::{
         Attempt,
         packet::{self, Bytes, Packet},
     },
-    verifier::{hide_addr, hide8, hide16, hide32},
+    verifier::{hide, hide_addr, hide8, hide16, hide32},
 };
 use aya_ebpf::{
     EbpfContext as _,
@@ -17,12 +17,13 @@ use aya_ebpf::{
 };
 
 use super::{
-    cache, dns,
+    access, cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables, skb_current},
     peer::ByCgroup,
     verdict::{ALLOW, Ruling, rule},
+    wipe::{place, wiped},
 };
 
 const PASS: i32 = 1;
@@ -114,23 +115,25 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
     let data = field!(skb, data) as usize;
     let end = field!(skb, data_end) as usize;
     let bytes = Linear { data, end };
-    let mut packet = Packet::BLANK;
+    let mut headers = place();
+    let packet: &mut Packet = wiped(&mut headers);
     let mut is_told = false;
-    if packet::glance(&bytes, &mut packet) {
+    if packet::glance(&bytes, packet) {
         let question = cache::Question {
             cgroup,
             addr: &packet.destination,
             port: packet.port,
             protocol: packet.protocol,
         };
-        if let Some(agent) = cache::hit(&question) {
-            emit::allowed(agent);
+        if let Some(hit) = cache::hit(&question) {
+            access::passed(hit.slot, field!(skb, len));
+            emit::allowed(hit.agent);
             return PASS;
         }
-        is_told = packet::complete(&bytes, &mut packet);
+        is_told = packet::complete(&bytes, packet);
     }
-    let cause = if is_told { 0 } else { read(&ctx, &mut packet) };
-    slowly(&ctx, cgroup, &mut packet, hide32(cause))
+    let cause = if is_told { 0 } else { read(&ctx, packet) };
+    slowly(&ctx, cgroup, packet, hide32(cause))
 }
 
 /// What the cache does not know. Inlined: its frame would be one too many for Linux 6.1, which has
@@ -140,12 +143,12 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64, packet: &mut Packet, cause: u32) -> 
     let mut who = Who {
         agent: UNREGISTERED,
         cgroup,
-        policy: 0,
-        now: 0,
+        policy: hide(0),
+        now: hide(0),
         // Read before the tables are: if any of them changes meanwhile, what is remembered is
         // stale.
         epoch: maps::epoch(),
-        word: 0,
+        word: hide(0),
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
     if cause == 0 {
@@ -161,7 +164,7 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64, packet: &mut Packet, cause: u32) -> 
     }
     if ruling.verdict == ALLOW {
         if ruling.cacheable != 0 {
-            remember(packet, &who, ruling.until);
+            remember(ctx, packet, &who, ruling.until);
         }
         emit::allowed(who.agent);
         return PASS;
@@ -205,7 +208,7 @@ fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Rulin
 
 /// Remembers an allow.
 #[inline(never)]
-fn remember(packet: &Packet, who: &Who, until: u64) {
+fn remember(ctx: &SkBuffContext, packet: &Packet, who: &Who, until: u64) {
     let question = cache::Question {
         cgroup: who.cgroup,
         addr: &packet.destination,
@@ -219,7 +222,8 @@ fn remember(packet: &Packet, who: &Who, until: u64) {
         epoch: who.epoch,
         now: who.now,
     };
-    cache::remember(&question, &basis, until);
+    let used = access::Use::packet(field!(ctx.skb.skb, len));
+    cache::remember(&question, &basis, until, used);
 }
 
 /// For debugging; a function of its own for the sake of the stack.
@@ -261,8 +265,9 @@ fn glimpse(ctx: &SkBuffContext, packet: &mut Packet) {
 /// Names the process as well as this kernel allows, tells translation apart, and reports.
 #[inline(never)]
 fn report(ctx: &SkBuffContext, packet: &Packet, ruling: &Ruling, who: &Who) {
-    let mut event = emit::blank(Hook::Egress, who.agent, who.cgroup, who.now);
-    ruling.fill(&mut event);
+    let mut record = place();
+    let event = emit::blank(&mut record, Hook::Egress, who.agent, who.cgroup, who.now);
+    ruling.fill(event);
     event.policy = who.policy;
     event.addr = packet.destination;
     event.source = packet.source;
@@ -293,8 +298,17 @@ fn report(ctx: &SkBuffContext, packet: &Packet, ruling: &Ruling, who: &Who) {
             event.reason = Reason::Translated as u8;
         }
     }
-    let naming = name_sender(&mut event);
-    emit::report(&mut event, naming);
+    let naming = name_sender(event);
+    emit::report(event, naming);
+}
+
+/// Takes the owner's name out again.
+#[inline(always)]
+fn unname(event: &mut Event) {
+    for byte in &mut event.comm {
+        // SAFETY: a byte of the event; volatile, or the compiler would call `memset`.
+        unsafe { core::ptr::from_mut(byte).write_volatile(0) };
+    }
 }
 
 /// Names the running task where the kernel lets a packet hook ask, and it is the sender: in a
@@ -307,7 +321,7 @@ fn name_sender(event: &mut Event) -> Naming {
     }
     let pid = emit::pid();
     if pid != event.pid {
-        event.comm = [0; 16];
+        unname(event);
     }
     event.pid = pid;
     event.witness = Witness::Current as u8;

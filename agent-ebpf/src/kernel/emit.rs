@@ -6,7 +6,10 @@
 //! The record is submitted before the counter moves. So whatever the daemon finds in a counter it
 //! either finds in the ring too, or it was folded or dropped.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    mem::MaybeUninit,
+};
 
 use agent_ebpf::abi::{
     Addr, Budget, Event, FOLD_NANOS, FOLD_SLOTS, Fold, Hook, OWNERS, Owner, REASONS, Verdict,
@@ -19,6 +22,7 @@ use aya_ebpf::helpers::{
 use super::{
     cache::set,
     maps::{BUDGETS, COUNTERS, EVENTS, FOLDS, OWNERS_MAP, WAKES, event_rate, skb_current},
+    wipe::wiped,
 };
 
 /// Flags of a record: do not wake the reader, or do.
@@ -245,10 +249,16 @@ fn within_budget(agent: u32, now: u64) -> bool {
     true
 }
 
-/// A blank event for `hook`.
+/// A blank event for `hook`, in a `place` on the caller's stack.
 #[inline(always)]
-pub fn blank(hook: Hook, agent: u32, cgroup: u64, time: u64) -> Event {
-    let mut event = Event::zeroed();
+pub fn blank(
+    place: &mut MaybeUninit<Event>,
+    hook: Hook,
+    agent: u32,
+    cgroup: u64,
+    time: u64,
+) -> &mut Event {
+    let event = wiped(place);
     event.hook = hook as u8;
     event.agent = agent;
     event.cgroup = cgroup;

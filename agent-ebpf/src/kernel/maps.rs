@@ -5,9 +5,10 @@ use core::ffi::c_void;
 
 use agent_ebpf::{
     abi::{
-        ASKERS, Addr, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters,
-        Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf, OWNERS, Owner,
-        Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
+        ACCESS_ENTRIES, ASKERS, Access, AccessKey, Addr, AgentName, AgentRow, Answer, Asked, Asker,
+        Budget, CACHE_PLACES, Counters, Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES,
+        Home, Leaf, OWNERS, Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS,
+        ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };
@@ -58,6 +59,16 @@ pub static RULESETS: Array<RuleSet> = Array::with_max_entries(4096, 0);
 /// Allow verdicts of the last second.
 #[map(name = "cache")]
 pub static CACHE: PerCpuArray<Slots> = PerCpuArray::with_max_entries(CACHE_PLACES, 0);
+
+/// What agents sent to which destination, for the daemon to take. Not preallocated: most hosts use
+/// little of it.
+#[map(name = "access")]
+pub static ACCESS: HashMap<AccessKey, Access> =
+    HashMap::with_max_entries(ACCESS_ENTRIES, BPF_F_NO_PREALLOC);
+
+/// What found no room in `access`.
+#[map(name = "beyond")]
+pub static BEYOND: PerCpuArray<Access> = PerCpuArray::with_max_entries(1, 0);
 
 /// Whose the cgroups of late are, so that their ancestors need not be walked.
 #[map(name = "homes")]

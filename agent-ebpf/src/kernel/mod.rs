@@ -12,6 +12,7 @@ macro_rules! field {
     }};
 }
 
+mod access;
 mod bind;
 mod cache;
 mod connect;
@@ -24,6 +25,7 @@ mod judge;
 mod maps;
 mod peer;
 mod verdict;
+mod wipe;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

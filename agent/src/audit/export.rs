@@ -18,6 +18,8 @@ use super::{
 pub struct Exports {
     files: Vec<(Format, Log)>,
     journal: Option<Journal>,
+    #[cfg(feature = "otlp")]
+    otlp: Option<super::otlp::Otlp>,
     lost: u64,
     trouble: Option<String>,
 }
@@ -49,8 +51,24 @@ impl Exports {
         Ok(exports)
     }
 
+    /// Sends events to a collector as well.
+    #[cfg(feature = "otlp")]
+    pub fn send_to(&mut self, collector: super::otlp::Collector) -> Result<(), LogError> {
+        let otlp = super::otlp::Otlp::start(collector).map_err(|source| LogError::Io {
+            operation: "start the thread of",
+            path: "otlp".into(),
+            source,
+        })?;
+        self.otlp = Some(otlp);
+        Ok(())
+    }
+
     /// Whether there is anything to write to.
     pub fn is_empty(&self) -> bool {
+        #[cfg(feature = "otlp")]
+        if self.otlp.is_some() {
+            return false;
+        }
         self.files.is_empty() && self.journal.is_none()
     }
 
@@ -69,6 +87,10 @@ impl Exports {
         if let Some(journal) = &mut self.journal {
             journal.send(event);
         }
+        #[cfg(feature = "otlp")]
+        if let Some(otlp) = &self.otlp {
+            otlp.send(event);
+        }
     }
 
     /// Opens the files anew, as after a rotation by somebody else.
@@ -84,6 +106,8 @@ impl Exports {
     /// Events that were not written somewhere, since the last call.
     pub fn take_lost(&mut self) -> u64 {
         let journal = self.journal.as_mut().map_or(0, Journal::take_lost);
+        #[cfg(feature = "otlp")]
+        let journal = journal + self.otlp.as_ref().map_or(0, super::otlp::Otlp::take_lost);
         std::mem::take(&mut self.lost) + journal
     }
 

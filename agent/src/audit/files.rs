@@ -88,8 +88,7 @@ pub fn sort(files: &mut [PathBuf]) {
     files.sort_by_cached_key(|path| order(path));
 }
 
-/// Those with a date, the earliest first; those
-/// with a number, the highest first; the current one.
+/// Those with a date, the earliest first; those with a number, the highest first; the current one.
 fn order(path: &Path) -> (u8, std::cmp::Reverse<u64>, PathBuf) {
     let name = path
         .file_name()

@@ -11,6 +11,7 @@ use super::{
 };
 
 const RED: &str = "\x1b[31m";
+const GREEN: &str = "\x1b[32m";
 const YELLOW: &str = "\x1b[33m";
 const BOLD: &str = "\x1b[1m";
 const DIM: &str = "\x1b[2m";
@@ -35,9 +36,17 @@ pub fn human(event: &Value, colour: bool) -> String {
     }
     let unmapped = &event["unmapped"];
     let verdict = text(&unmapped["verdict"]).to_uppercase();
-    let style = if event["action_id"] == 2 { RED } else { YELLOW };
+    let style = match event["action_id"].as_u64() {
+        Some(1) => GREEN,
+        Some(2) => RED,
+        _ => YELLOW,
+    };
     let agent = text(&event["ai_agent"]["uid"]);
     let _ = write!(line, " {} {}", paint(style, &verdict), paint(BOLD, &agent));
+    if event["traffic"].is_object() {
+        let _ = write!(line, " {}", sent(event));
+        return line;
+    }
     if unmapped["lost"].is_null() {
         let _ = write!(line, " {}", target(event));
     }
@@ -81,8 +90,25 @@ pub fn human(event: &Value, colour: bool) -> String {
     line
 }
 
+/// What was let through, and where to.
+fn sent(event: &Value) -> String {
+    let unmapped = &event["unmapped"];
+    let to = match event["dst_endpoint"].is_object() {
+        true => target(event),
+        false => format!("{} more destinations", number(&unmapped["destinations"])),
+    };
+    let traffic = &event["traffic"];
+    format!(
+        "{to} {} bytes in {} packets, {} connections, in {} s",
+        number(&traffic["bytes_out"]),
+        number(&traffic["packets_out"]),
+        number(&unmapped["connections"]),
+        event["duration"].as_u64().unwrap_or_default() / 1000,
+    )
+}
+
 /// `tcp 198.51.100.23:443`, with the name if one is known; or `raw socket icmp`.
-fn target(event: &Value) -> String {
+pub fn target(event: &Value) -> String {
     let protocol = text(&event["connection_info"]["protocol_name"]);
     let dst = &event["dst_endpoint"];
     if !dst.is_object() {

@@ -21,7 +21,9 @@ pub struct Snapshot {
     /// Decisions by agent, verdict (`allowed`, `denied`, `monitored`) and reason (empty for
     /// allowed).
     pub decisions: Vec<Decisions>,
-    /// Attempts whose details were lost, by stage (`kernel`, `rate`, `disk`, `journal`).
+    /// Attempts whose details were lost, by stage (`kernel`, `rate`, `disk`), and events not written
+    /// in another form (`export`), and
+    /// packets that were let through and are in no line of the access log (`access`).
     pub events_lost: BTreeMap<String, u64>,
     /// Roots that the settings name.
     pub expected_roots: u64,

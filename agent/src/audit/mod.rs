@@ -10,6 +10,7 @@
 //! | `writer`  | one object a line, one write a line, sequence without gaps, rotation |
 //! | `encode`  | other forms of an event: OCSF 1.8, ECS, journal fields; pure |
 //! | `export`  | those forms in files and in the journal |
+//! | `otlp`    | those events to an OpenTelemetry collector, in builds that have it |
 //! | `mask`    | secrets in command lines made unreadable; pure |
 //! | `flow`    | the community id of a flow; pure |
 //! | `metrics` | Prometheus text out of one value; pure |
@@ -35,6 +36,8 @@ pub mod line;
 pub mod mask;
 pub mod metrics;
 pub mod ocsf;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 pub mod process;
 pub mod query;
 pub mod record;
@@ -47,7 +50,8 @@ pub mod writer;
 
 pub use decided::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Damaged, Decided, Decision,
-    Difference, Drifted, FenceLifted, Lifecycle, Mending, Refenced, Succession, Tables,
+    Difference, Drifted, FenceLifted, Lifecycle, Mending, ProbeResult, ProbeRun, Refenced,
+    Succession, Tables,
 };
 pub use export::Exports;
 pub use ledger::{Allowance, Key, Ledger, Owed, Residual};
@@ -56,7 +60,8 @@ pub use mask::Mask;
 pub use ocsf::{Code, Host, LogName};
 pub use process::Processes;
 pub use record::{
-    Context, Dropped, Endpoint, EntryRef, Lookup, Lost, Parent, ProcessInfo, Subject, Violation,
+    Context, Dropped, Endpoint, EntryRef, Lookup, Lost, Parent, ProcessInfo, Reached, Subject,
+    Violation,
 };
 pub use sums::{Sums, written_since};
 pub use tail::{Filter, Line, Tail};

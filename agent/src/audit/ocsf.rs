@@ -44,6 +44,8 @@ codes! {
     Monitored = "RM1002", Violations, "attempt let through by monitor mode";
     /// Attempts whose details were lost.
     Dropped = "RM1003", Violations, "attempts without details";
+    /// What an agent reached, and how much.
+    Reached = "RM1004", Access, "destination reached";
     /// The DNS guard refused a lookup.
     LookupRefused = "RM1101", Violations, "lookup refused";
     /// A lookup that enforcement would refuse was let through by monitor mode.
@@ -68,6 +70,12 @@ codes! {
     StateDamaged = "RM3004", Audit, "state file damaged";
     /// The wall clock is behind the latest time ever seen.
     ClockBehind = "RM3005", Audit, "wall clock behind";
+    /// An agent's fence was tried from inside, and holds.
+    ProbePassed = "RM3101", Audit, "probe passed";
+    /// An agent's fence was tried from inside, and does not hold.
+    ProbeFailed = "RM3102", Audit, "probe failed";
+    /// An agent's fence was tried from inside, and nothing can be told.
+    ProbeUnknown = "RM3103", Audit, "probe without a verdict";
     /// A registry is in force.
     RegistryLoaded = "RM4001", Audit, "registry loaded";
     /// A registry, or files of it, were refused.
@@ -107,22 +115,26 @@ pub enum LogName {
     Violations,
     /// What was decided about agents.
     Audit,
+    /// What agents reached.
+    Access,
 }
 
 impl LogName {
-    /// `violations` or `audit`.
+    /// `violations`, `audit` or `access`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Violations => "violations",
             Self::Audit => "audit",
+            Self::Access => "access",
         }
     }
 
-    /// `violations.jsonl` or `audit.jsonl`.
+    /// `violations.jsonl`, `audit.jsonl` or `access.jsonl`.
     pub const fn file(self) -> &'static str {
         match self {
             Self::Violations => "violations.jsonl",
             Self::Audit => "audit.jsonl",
+            Self::Access => "access.jsonl",
         }
     }
 }
@@ -173,6 +185,7 @@ impl Host {
 /// OCSF classes used, each with its category.
 #[derive(Clone, Copy)]
 pub(super) enum Class {
+    ComplianceFinding,
     DetectionFinding,
     EntityManagement,
     NetworkActivity,
@@ -184,6 +197,7 @@ pub(super) enum Class {
 impl Class {
     const fn uid(self) -> u64 {
         match self {
+            Self::ComplianceFinding => 2003,
             Self::DetectionFinding => 2004,
             Self::EntityManagement => 3004,
             Self::NetworkActivity => 4001,
@@ -195,6 +209,7 @@ impl Class {
 
     const fn name(self) -> &'static str {
         match self {
+            Self::ComplianceFinding => "Compliance Finding",
             Self::DetectionFinding => "Detection Finding",
             Self::EntityManagement => "Entity Management",
             Self::NetworkActivity => "Network Activity",
@@ -206,7 +221,7 @@ impl Class {
 
     const fn category(self) -> (u64, &'static str) {
         match self {
-            Self::DetectionFinding => (2, "Findings"),
+            Self::ComplianceFinding | Self::DetectionFinding => (2, "Findings"),
             Self::EntityManagement => (3, "Identity & Access Management"),
             Self::NetworkActivity | Self::DnsActivity => (4, "Network Activity"),
             Self::DeviceConfigStateChange => (5, "Discovery"),
@@ -220,7 +235,9 @@ impl Class {
             | Self::NetworkActivity
             | Self::DnsActivity
             | Self::ApplicationLifecycle => &["host", "security_control", "ai_operation"],
-            Self::DetectionFinding | Self::DeviceConfigStateChange => &["host", "security_control"],
+            Self::ComplianceFinding | Self::DetectionFinding | Self::DeviceConfigStateChange => {
+                &["host", "security_control"]
+            }
         }
     }
 }

@@ -14,16 +14,16 @@ use super::{
     Global, client,
     compiled::{Compiled, clock, compile},
     destination::{Destination, TCP, Target, UDP, What, icmp, written},
-    format,
+    explain_last, explain_way, format,
     outcome::{Failure, Outcome, Result},
     output::{self, Output, Tone, plain, plain_lines},
 };
 use crate::{
     control::{
         client::{Client, ClientError},
-        protocol::{self, Answer, Code, Explain, Question, Source},
+        protocol::{self, Answer, Attached, Code, Explain, Question, Source},
     },
-    policy::{self, AgentTables, Clock, Entry, Outcome as Verdict},
+    policy::{self, AgentTables, Clock, Entry, Looked, Outcome as Verdict},
 };
 
 /// An IP protocol that has no class of its own: SCTP.
@@ -38,8 +38,15 @@ pub(super) struct Arguments {
     /// ADDRESS or NAME, alone or with :PORT, :PORT/PROTO or /icmp; IPv6 in brackets before a port.
     /// PROTO is tcp (the default), udp or any. Without a port: all that the scope says about the
     /// address, or whether the name may be resolved.
-    #[arg(value_name = "DEST[:PORT[/PROTO]]")]
-    destination: Target,
+    #[arg(value_name = "DEST[:PORT[/PROTO]]", required_unless_present = "last")]
+    destination: Option<Target>,
+    /// Explain what the agent was refused last, by the violation log.
+    #[arg(long, conflicts_with = "destination")]
+    last: bool,
+    /// Run the attached egress program on such a packet as well, from inside the agent's cgroup;
+    /// the kernel counts that as an attempt of the agent, and the log marks it.
+    #[arg(long)]
+    attached: bool,
 }
 
 /// One thing to ask.
@@ -77,6 +84,10 @@ struct Row {
     /// What would make it otherwise, in a sentence.
     would_change: Option<String>,
     kernel: Option<Explain>,
+    /// What the attached egress program did with such a packet.
+    attached: Option<Attached>,
+    /// What the registry's answer looked at; null where it has none.
+    looked_at: Option<Vec<Looked>>,
     agree: Option<bool>,
 }
 
@@ -89,7 +100,20 @@ struct Kernel {
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
-    let destination = match &arguments.destination {
+    let last;
+    let target = match &arguments.destination {
+        Some(target) => target,
+        None => {
+            last = explain_last::find(global, &arguments.agent)?;
+            output::talk(format_args!("last: {}", plain(&last.text)));
+            match &last.destination {
+                Some(target) => target,
+                // A socket type is granted with the protocol, not with a destination.
+                None => return Ok(Outcome::No),
+            }
+        }
+    };
+    let destination = match target {
         Target::Address(destination) => destination,
         Target::Name(named) => {
             return super::explain_name::run(global, &arguments.agent, named, output);
@@ -113,7 +137,11 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
             port: asked.port,
             protocol: asked.protocol,
         };
-        answers.push(row(&question, &asked, tables, &clock, &mut kernel)?);
+        let mut row = row(&question, &asked, tables, &clock, &mut kernel)?;
+        if arguments.attached {
+            kernel.ask_attached(&question, &mut row)?;
+        }
+        answers.push(row);
     }
     if answers
         .iter()
@@ -260,6 +288,11 @@ fn row(
         because,
         would_change,
         kernel,
+        attached: None,
+        looked_at: tables.map(|tables| {
+            let asked = policy::Question::to(question.addr, question.port, question.protocol);
+            policy::looked_at(tables, &asked)
+        }),
         agree,
     })
 }
@@ -292,6 +325,7 @@ fn offline(tables: &AgentTables, question: &Question, clock: &Clock) -> (Explain
         source: Source::Registry,
         hash: tables.hash.clone(),
         revision: 0,
+        cgroups: Vec::new(),
         note,
         lease: None,
     };
@@ -340,6 +374,25 @@ impl Kernel {
                 Ok(None)
             }
         }
+    }
+}
+
+impl Kernel {
+    /// Has the attached program judge such a packet.
+    fn ask_attached(&mut self, question: &Question, row: &mut Row) -> Result<()> {
+        let Some(client) = &self.client else {
+            return Ok(());
+        };
+        let attached: Attached = client.post_json("/explain", question)?;
+        // On loopback the program looks up who really listens; the others suppose a stranger.
+        if !question.addr.is_loopback()
+            && let Some(told) = row.kernel.as_ref().or(row.registry.as_ref())
+        {
+            let same = attached.passes == told.verdict.passes();
+            row.agree = Some(same && row.agree != Some(false));
+        }
+        row.attached = Some(attached);
+        Ok(())
     }
 }
 
@@ -422,10 +475,24 @@ fn print(told: &Told, output: &Output) -> Result<()> {
         }
         if let Some(kernel) = &row.kernel {
             let revision = kernel.revision;
+            for cgroup in &kernel.cgroups {
+                output.line(format_args!("  cgroup    {}", plain(cgroup)))?;
+            }
             output.line(format_args!(
                 "  kernel    {}, revision {revision}",
                 sentence(kernel)
             ))?;
+        }
+        if let Some(attached) = &row.attached {
+            let word = if attached.passes { "passes" } else { "drops" };
+            output.line(format_args!(
+                "  attached  program {} {word} it, from {}",
+                attached.program,
+                plain(&attached.cgroup)
+            ))?;
+        }
+        for line in row.looked_at.iter().flatten().flat_map(explain_way::looked) {
+            output.line(format_args!("  looked at {}", plain(&line)))?;
         }
         for (name, text) in [("because", &row.because), ("change", &row.would_change)] {
             if let Some(text) = text {

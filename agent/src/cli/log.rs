@@ -55,7 +55,8 @@ pub(super) enum Command {
     /// Exit codes: 0 whole; 1 something is not as it was written; 3 whole as far as it goes, but
     /// nothing says that no more followed.
     Verify(Verify),
-    /// Print the lines of both logs that are asked for, rotated files included.
+    /// Print the lines of all logs that are asked for, rotated files included: what agents attempted,
+    /// what they reached, what was decided about them.
     Query(Box<Find>),
     /// Print the public key that the audit trail is signed with, as PEM.
     Key,
@@ -87,7 +88,7 @@ pub(super) struct Find {
     /// Those for this reason, such as out_of_scope.
     #[arg(long, value_name = "REASON")]
     reason: Vec<String>,
-    /// Those of this kind: denied, monitored, lost, lifecycle, drift, registry, daemon, trail, or
+    /// Those of this kind: denied, monitored, lost, access, lifecycle, drift, registry, daemon, trail, or
     /// an event code.
     #[arg(long, value_name = "KIND")]
     kind: Vec<String>,
@@ -380,7 +381,8 @@ fn query(global: &Global, arguments: &Find, output: &Output) -> Result {
         ),
     };
     let folder = global.settings()?.paths.log;
-    let paths = [LogName::Violations, LogName::Audit].map(|name| folder.join(name.file()));
+    let logs = [LogName::Violations, LogName::Access, LogName::Audit];
+    let paths = logs.map(|name| folder.join(name.file()));
     let mut search = Search::open(&paths, query).context("cannot search the logs")?;
     let mut last = VecDeque::new();
     let mut tally = Tally::default();

@@ -6,19 +6,26 @@ mod check;
 mod compiled;
 mod daemon;
 mod destination;
+mod discover;
+mod doctor;
 mod explain;
+mod explain_last;
 mod explain_name;
+mod explain_way;
 mod format;
+mod guard;
 mod lifecycle;
 mod log;
 mod outcome;
 mod output;
+mod probe;
 mod reconcile;
 mod reload;
 mod run;
 mod status;
 mod support;
 mod tail;
+mod top;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
@@ -72,11 +79,15 @@ enum Command {
     /// Say whether an agent may reach a destination, by which entry and why.
     Explain(explain::Arguments),
     /// Say whether this host enforces: each guard and each agent, read back from the kernel.
-    Status,
+    Status(status::Arguments),
+    /// Say whether a unit's or any other cgroup is fenced and its agent active.
+    Guard(guard::Arguments),
     /// Print the registry as it is in force.
     Agents(agents::Arguments),
     /// Print violations, one line each.
     Tail(tail::Arguments),
+    /// Show agents, rates and violations live, in the terminal.
+    Top(top::Arguments),
     /// Check the audit trail, or search the logs.
     #[command(subcommand)]
     Log(log::Command),
@@ -90,6 +101,15 @@ enum Command {
     Reload(reload::Arguments),
     /// Compare the registry with what the kernel has, and list each difference.
     Reconcile(reconcile::Arguments),
+    /// Say whether this host can enforce, what is missing, and how an agent could get out.
+    Doctor,
+    /// List processes outside every root that look like AI agents.
+    Discover(discover::Arguments),
+    /// Try the fence from inside an agent's cgroup.
+    Probe(probe::Arguments),
+    /// What a probe starts inside the fence; orders come on standard input.
+    #[command(hide = true)]
+    ProbeHelper,
     /// Print a completion script for a shell.
     Completions(support::Completions),
     /// Print the manual page.
@@ -115,6 +135,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 impl Global {
     fn run(&self, command: Command) -> Result {
+        if matches!(command, Command::ProbeHelper) {
+            return probe::help();
+        }
         let output = Output::new(self.json);
         // What a `remit run` that was killed left behind, once nothing runs in it any more.
         if let Ok(settings) = self.load_settings() {
@@ -127,15 +150,21 @@ impl Global {
             Command::Run(arguments) => run::run(self, arguments),
             Command::Check(arguments) => check::run(self, &arguments, &output),
             Command::Explain(arguments) => explain::run(self, &arguments, &output),
-            Command::Status => status::run(self, &output),
+            Command::Status(arguments) => status::run(self, &arguments, &output),
+            Command::Guard(arguments) => guard::run(self, &arguments, &output),
             Command::Agents(arguments) => agents::run(self, &arguments, &output),
             Command::Tail(arguments) => tail::run(self, &arguments, &output),
+            Command::Top(arguments) => top::run(self, &arguments, &output),
             Command::Log(command) => log::run(self, &command, &output),
             Command::Suspend(arguments) => lifecycle::suspend(self, arguments, &output),
             Command::Resume(arguments) => lifecycle::resume(self, arguments, &output),
             Command::Revoke(arguments) => lifecycle::revoke(self, arguments, &output),
             Command::Reload(arguments) => reload::run(self, &arguments, &output),
             Command::Reconcile(arguments) => reconcile::run(self, &arguments, &output),
+            Command::Doctor => doctor::run(self, &output),
+            Command::Discover(arguments) => discover::run(self, &arguments, &output),
+            Command::Probe(arguments) => probe::run(self, &arguments, &output),
+            Command::ProbeHelper => probe::help(),
             Command::Completions(arguments) => support::completions(&arguments, &output),
             Command::Man(arguments) => support::man(&arguments, &output),
         }

@@ -54,6 +54,11 @@ impl Output {
         }
     }
 
+    /// Whether a person looks at stdout.
+    pub fn is_terminal() -> bool {
+        io::stdout().is_terminal()
+    }
+
     /// Whether JSON was asked for.
     pub const fn wants_json(&self) -> bool {
         self.json

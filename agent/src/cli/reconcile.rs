@@ -48,6 +48,20 @@ fn print(reconciled: &Reconciled, output: &Output) -> Result<()> {
         // Each part of the sentence is made harmless where it is made.
         let sentence = difference(drift).sentence();
         output.line(output.paint(tone, &sentence))?;
+        output.line(format_args!("  since {}", format::time(drift.since_ms)))?;
+        if let (None | Some(false), Some(remedy)) = (drift.repaired, &drift.remedy) {
+            output.line(format_args!("  --repair: {}", plain(remedy)))?;
+        }
+    }
+    for notice in &reconciled.notices {
+        output.line(format_args!(
+            "Notice: {}: {}: {}, since {}; {}",
+            plain(&notice.kind),
+            plain(&notice.what),
+            plain(&notice.found),
+            format::time(notice.since_ms),
+            plain(notice.remedy.as_deref().unwrap_or("nothing to repair")),
+        ))?;
     }
     for text in &reconciled.information {
         output.line(format_args!("Information: {}", plain(text)))?;

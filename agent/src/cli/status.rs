@@ -1,22 +1,58 @@
 //! `remit status`: the posture, and the proof for it. 0 only when everything that the settings ask
 //! for is live.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use super::{
     Global, format,
     lifecycle::hold_line,
     outcome::{Outcome, Result},
-    output::{Columns, Output, Tone, plain, plain_lines},
+    output::{Columns, Output, Tone, plain, plain_lines, talk},
 };
-use crate::control::protocol::{AgentStatus, DriftSummary, Guard, GuardState, Posture, Status};
+use crate::control::protocol::{
+    AgentStatus, DriftSummary, Guard, GuardState, LastProbe, Posture, ProbeVerdict, Status,
+};
 
-pub(super) fn run(global: &Global, output: &Output) -> Result {
-    let status: Status = global.client()?.get("/status")?;
+/// Arguments of `remit status`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Print nothing but what is missing, and exit 0 only when the host enforces at least so: for
+    /// scripts and unit files.
+    #[arg(long, value_enum, value_name = "POSTURE")]
+    require: Option<Required>,
+}
+
+/// What may be required.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Required {
+    /// Everything that the settings ask for is live.
+    Enforcing,
+    /// Every hook is live; something else may not be.
+    Degraded,
+}
+
+/// A daemon that does not answer within this is no proof of anything.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
+    let client = match arguments.require {
+        Some(_) => global.client()?.patient_for(PATIENCE),
+        None => global.client()?,
+    };
+    let status: Status = client.get("/status")?;
     if output.wants_json() {
         output.json(&status)?;
+    } else if arguments.require.is_some() {
+        for reason in &status.reasons {
+            talk(format_args!("{}: {}", status.posture.name(), plain(reason)));
+        }
     } else {
         print(&status, output)?;
     }
-    Ok(Outcome::of(status.posture == Posture::Enforcing))
+    Ok(Outcome::of(match arguments.require {
+        None | Some(Required::Enforcing) => status.posture == Posture::Enforcing,
+        Some(Required::Degraded) => status.posture != Posture::NotEnforcing,
+    }))
 }
 
 fn print(status: &Status, output: &Output) -> Result<()> {
@@ -77,7 +113,9 @@ fn drift(drift: &DriftSummary, output: &Output) -> String {
 }
 
 fn guards(guards: &[Guard]) -> Columns {
-    let mut columns = Columns::new(&["GUARD", "KIND", "ROOT", "STATE", "EVIDENCE"]);
+    let mut columns = Columns::new(&["GUARD", "KIND", "ROOT", "STATE", "AGE", "EVIDENCE"]);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX));
     for guard in guards {
         let state = match guard.state {
             GuardState::Live => "live",
@@ -85,15 +123,41 @@ fn guards(guards: &[Guard]) -> Columns {
             GuardState::Absent => "ABSENT",
             GuardState::Off => "off",
         };
+        let evidence = match guard.run_cnt {
+            Some(runs) => format!("{}, which ran {runs} times", guard.evidence),
+            None => guard.evidence.clone(),
+        };
         columns.row(&[
             guard.name.as_str(),
             &guard.kind,
             guard.root.as_deref().unwrap_or("-"),
             state,
-            &guard.evidence,
+            &age(now.saturating_sub(guard.checked_ms)),
+            &evidence,
         ]);
     }
     columns
+}
+
+fn probed(probe: &LastProbe, output: &Output) -> String {
+    let (tone, word) = match probe.verdict {
+        ProbeVerdict::Pass => (Tone::Good, "PASS"),
+        ProbeVerdict::Unknown => (Tone::Doubtful, "UNKNOWN"),
+        ProbeVerdict::Fail => (Tone::Bad, "FAIL"),
+    };
+    let why = probe.why.as_ref();
+    let why = why.map_or_else(String::new, |why| format!(": {}", plain(why)));
+    let at = format::time(probe.time_ms);
+    format!("probe {} at {at}{why}", output.paint(tone, word))
+}
+
+/// How old evidence is.
+fn age(millis: i64) -> String {
+    match millis.max(0) {
+        millis if millis < 1_000 => "now".to_owned(),
+        millis if millis < 120_000 => format!("{} s", millis / 1_000),
+        millis => format!("{} min", millis / 60_000),
+    }
 }
 
 fn agents(agents: &[AgentStatus]) -> Columns {
@@ -166,6 +230,9 @@ fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
         }
         if let Some(last) = &agent.last_violation {
             lines.push(format!("last {}", plain(&last.text)));
+        }
+        if let Some(probe) = &agent.last_probe {
+            lines.push(probed(probe, output));
         }
         if let Some(finding) = &agent.finding {
             let mark = output.paint(Tone::Bad, "last good entry kept:");

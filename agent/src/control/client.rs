@@ -60,6 +60,7 @@ pub enum ClientError {
 pub struct Client {
     socket: PathBuf,
     runtime: runtime::Runtime,
+    patience: Duration,
 }
 
 // === impl ClientError ===
@@ -92,7 +93,15 @@ impl Client {
         Ok(Self {
             socket: socket.to_owned(),
             runtime,
+            patience: PATIENCE,
         })
+    }
+
+    /// The same for somebody who wants to know soon, or that nobody answers.
+    #[must_use]
+    pub fn patient_for(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// `GET /v1PATH`; a query belongs to the path.
@@ -131,7 +140,7 @@ impl Client {
         body: Bytes,
     ) -> Result<T, ClientError> {
         let (status, answer) = self.runtime.block_on(async {
-            timeout(PATIENCE, self.exchange(method, path, body))
+            timeout(self.patience, self.exchange(method, path, body))
                 .await
                 .map_err(|error| self.failed("wait for", error))?
         })?;

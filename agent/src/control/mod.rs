@@ -18,14 +18,15 @@ pub mod client;
 mod holder;
 pub mod peer;
 pub mod protocol;
+pub mod scrape;
 pub mod server;
 
 use tokio::sync::oneshot;
 
 pub use peer::{Caller, Rights};
 use protocol::{
-    Agent, Agents, Explain, Held, HoldReason, Myself, Question, Reconciled, Refusal, Reload,
-    ReloadRequest, RunGrant, RunRequest, Status,
+    Agent, Agents, Attached, Explain, Exposition, Guarded, Held, HoldReason, Myself, Probed,
+    Question, Reconciled, Refusal, Reload, ReloadRequest, RunGrant, RunRequest, Status,
 };
 
 /// Where the answer to a [`Request`] goes. Dropped without one, the caller is told so.
@@ -51,6 +52,12 @@ pub enum Request {
     Agent(String, Reply<Agent>),
     /// `GET /v1/explain`.
     Explain(Question, Reply<Explain>),
+    /// `POST /v1/explain`: asks the attached program.
+    Attached(Question, Reply<Attached>),
+    /// `POST /v1/agents/ID/probe`.
+    Probe(String, Reply<Probed>),
+    /// `GET /v1/guard`: whether what runs in this cgroup is an active agent behind a fence.
+    Guard(String, Reply<Guarded>),
     /// `GET /v1/reconcile`, and `POST /v1/reconcile`, which mends.
     Reconcile {
         /// Whether to mend what differs.
@@ -66,6 +73,8 @@ pub enum Request {
     Resume(Resume, Reply<Held>),
     /// `POST /v1/run`.
     Run(RunRequest, Reply<RunGrant>),
+    /// `GET /v1/metrics`, and `GET /metrics` on the loopback address of the settings.
+    Metrics(Reply<Exposition>),
     /// `GET /v1/self`, from a caller with [`Rights::OnlySelf`].
     Myself(Reply<Myself>),
 }

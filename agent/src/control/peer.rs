@@ -46,6 +46,20 @@ pub struct Caller {
     pub rights: Rights,
 }
 
+impl Caller {
+    /// Somebody of whom nothing is known, and who may therefore change nothing.
+    pub fn unknown() -> Self {
+        Self {
+            uid: u32::MAX,
+            gid: u32::MAX,
+            groups: Vec::new(),
+            pid: None,
+            cgroup: None,
+            rights: Rights::Nothing,
+        }
+    }
+}
+
 /// What rights are decided by, besides the caller.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {

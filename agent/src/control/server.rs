@@ -41,7 +41,7 @@ use tracing::{debug, warn};
 use super::{
     Call, Caller, Hold, HoldState, Processes, Reply, Request, Resume, Rights,
     peer::{self, Rules},
-    protocol::{Code, ErrorBody, HoldRequest, Question, Refusal, ReloadRequest},
+    protocol::{Code, ErrorBody, GuardQuestion, HoldRequest, Question, Refusal, ReloadRequest},
 };
 
 /// The longest body: requests are a few words.
@@ -277,7 +277,7 @@ fn admit(
 
 // === requests ===
 
-type Calls = mpsc::Sender<Call>;
+pub(super) type Calls = mpsc::Sender<Call>;
 
 fn routes(calls: Calls) -> Router {
     Router::new()
@@ -287,7 +287,10 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/agents/{id}/suspend", post(suspend))
         .route("/v1/agents/{id}/resume", post(resume))
         .route("/v1/agents/{id}/revoke", post(revoke))
-        .route("/v1/explain", get(explain))
+        .route("/v1/agents/{id}/probe", post(probe))
+        .route("/v1/explain", get(explain).post(attached))
+        .route("/v1/guard", get(guard))
+        .route("/v1/metrics", get(metrics))
         .route("/v1/reconcile", get(compare).post(repair))
         .route("/v1/reload", post(reload))
         .route("/v1/run", post(run))
@@ -385,6 +388,46 @@ async fn explain(
         Err(error) => refuse(
             Refusal::new(Code::BadRequest, error.body_text())
                 .help("the form is `?agent=ID&addr=ADDRESS&port=NUMBER&protocol=NUMBER`"),
+        ),
+    }
+}
+
+async fn attached(state: State<Calls>, caller: Extension<Caller>, body: Sent) -> Response {
+    match read(
+        body,
+        r#"the form is `{"agent": "ID", "addr": "ADDRESS", "port": NUMBER}`"#,
+    ) {
+        Ok(body) => {
+            ask(state, caller, CHANGE, |reply| {
+                Request::Attached(body, reply)
+            })
+            .await
+        }
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn probe(state: State<Calls>, caller: Extension<Caller>, id: PathId) -> Response {
+    match path_id(id) {
+        Ok(id) => ask(state, caller, CHANGE, |reply| Request::Probe(id, reply)).await,
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn guard(
+    state: State<Calls>,
+    caller: Extension<Caller>,
+    question: Result<Query<GuardQuestion>, rejection::QueryRejection>,
+) -> Response {
+    match question {
+        Ok(Query(question)) => {
+            ask(state, caller, ANSWER, |reply| {
+                Request::Guard(question.cgroup, reply)
+            })
+            .await
+        }
+        Err(error) => refuse(
+            Refusal::new(Code::BadRequest, error.body_text()).help("the form is `?cgroup=PATH`"),
         ),
     }
 }
@@ -534,6 +577,21 @@ fn path_id(id: PathId) -> Result<String, Refusal> {
         .map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))
 }
 
+async fn metrics(State(calls): State<Calls>, Extension(caller): Extension<Caller>) -> Response {
+    exposition(&calls, caller).await
+}
+
+/// Metrics, as text and not as JSON.
+pub(super) async fn exposition(calls: &Calls, caller: Caller) -> Response {
+    match put(calls, caller, ANSWER, Request::Metrics).await {
+        Ok(metrics) => {
+            let content = [(header::CONTENT_TYPE, metrics.content_type)];
+            (StatusCode::OK, content, Body::from(metrics.text)).into_response()
+        }
+        Err(refusal) => refuse(refusal),
+    }
+}
+
 async fn myself(state: State<Calls>, caller: Extension<Caller>) -> Response {
     ask(state, caller, ANSWER, Request::Myself).await
 }
@@ -561,6 +619,18 @@ async fn ask<T: Serialize>(
     patience: Duration,
     request: impl FnOnce(Reply<T>) -> Request,
 ) -> Response {
+    match put(&calls, caller, patience, request).await {
+        Ok(answer) => json(StatusCode::OK, &answer),
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+async fn put<T>(
+    calls: &Calls,
+    caller: Caller,
+    patience: Duration,
+    request: impl FnOnce(Reply<T>) -> Request,
+) -> Result<T, Refusal> {
     let (reply, answer) = oneshot::channel();
     let call = Call {
         caller,
@@ -577,9 +647,8 @@ async fn ask<T: Serialize>(
         })?
     });
     match answered.await {
-        Ok(Ok(answer)) => json(StatusCode::OK, &answer),
-        Ok(Err(refusal)) => refuse(refusal),
-        Err(_) => refuse(Refusal::new(
+        Ok(answered) => answered,
+        Err(_) => Err(Refusal::new(
             Code::Timeout,
             format!("no answer from the daemon in {} s", patience.as_secs()),
         )),

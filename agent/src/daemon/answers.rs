@@ -17,8 +17,8 @@ use crate::{
         Call, Caller, Request,
         protocol::{
             Agent, AgentStatus, Agents, Answer, Cgroup, Code, Entry, Explain, Guard, GuardState,
-            HoldInfo, Myself, Posture, Question, Refusal, Registry, Reload, RunGrant, RunRequest,
-            Source, Status,
+            HoldInfo, Myself, Question, Refusal, Registry, Reload, RunGrant, RunRequest, Source,
+            Status,
         },
     },
     policy::{self, AgentTables},
@@ -37,6 +37,7 @@ impl Core {
             Request::Agent(id, reply) => drop(reply.send(self.agent(&id))),
             Request::Explain(question, reply) => drop(reply.send(self.explain(question))),
             Request::Run(request, reply) => drop(reply.send(self.run(&request))),
+            Request::Metrics(reply) => drop(reply.send(self.metrics())),
             Request::Myself(reply) => drop(reply.send(Ok(self.myself(&call.caller)))),
             Request::Reload(request, reply) => {
                 drop(reply.send(self.reload_on_request(&call.caller, request.accept_clock)));
@@ -44,6 +45,9 @@ impl Core {
             }
             Request::Hold(request, reply) => self.answer_hold(&call.caller, &request, reply),
             Request::Resume(request, reply) => self.answer_resume(&call.caller, &request, reply),
+            Request::Attached(question, reply) => self.ask_attached(question, reply),
+            Request::Probe(id, reply) => self.probe_on_request(&call.caller, id, reply),
+            Request::Guard(path, reply) => drop(reply.send(self.guarded(&path))),
             Request::Reconcile { repair, reply } => {
                 drop(reply.send(Ok(self.reconcile_on_request(&call.caller, repair))));
             }
@@ -87,26 +91,7 @@ impl Core {
     fn status(&mut self) -> Status {
         self.recorder.settle(&mut self.enforcer);
         let guards = self.guards();
-        let mut reasons: Vec<String> = self.problems.values().cloned().collect();
-        let mut posture = Posture::Enforcing;
-        if !reasons.is_empty() {
-            posture = Posture::Degraded;
-        }
-        for guard in &guards {
-            let fence = guard.kind == "link";
-            match guard.state {
-                GuardState::Live | GuardState::Off => continue,
-                GuardState::Degraded | GuardState::Absent if fence => {
-                    posture = Posture::NotEnforcing;
-                }
-                GuardState::Degraded | GuardState::Absent => {
-                    if posture == Posture::Enforcing {
-                        posture = Posture::Degraded;
-                    }
-                }
-            }
-            reasons.push(format!("{}: {}", guard.name, guard.evidence));
-        }
+        let (posture, reasons) = self.posture(&guards);
         let ids: Vec<String> = self.force.agents.keys().cloned().collect();
         let mut agents: Vec<AgentStatus> =
             ids.iter().filter_map(|id| self.agent_status(id)).collect();
@@ -127,59 +112,16 @@ impl Core {
                 warnings: self.force.warnings as u64,
             },
             drift: self.drift.summary(),
+            probes: self.probing.counts,
         }
     }
 
-    /// Every guard, read back from the kernel now.
-    fn guards(&self) -> Vec<Guard> {
+    /// The guards that are not on a root.
+    pub(super) fn host_guards(&self) -> Vec<Guard> {
         let now = wall_millis();
         let mut guards = Vec::new();
-        for (root, fence) in self.enforcer.fences() {
-            let stands = fence.stands();
-            for guard in fence.guards() {
-                let (state, evidence) = match guard.link {
-                    Some(link) if stands && guard.listed => (
-                        GuardState::Live,
-                        format!(
-                            "link {} holds program {} on cgroup {}",
-                            link.id, link.program, link.cgroup
-                        ),
-                    ),
-                    Some(_) if !stands => {
-                        (GuardState::Absent, "the root's cgroup is gone".to_owned())
-                    }
-                    Some(link) => (
-                        GuardState::Degraded,
-                        format!(
-                            "the kernel does not list program {} on the root",
-                            link.program
-                        ),
-                    ),
-                    None => (GuardState::Absent, "the link is gone".to_owned()),
-                };
-                guards.push(Guard {
-                    name: guard.hook.to_owned(),
-                    kind: "link".to_owned(),
-                    root: Some(root.to_owned()),
-                    state,
-                    evidence,
-                    checked_ms: now,
-                    link_id: guard.link.map(|link| link.id),
-                    prog_id: guard.link.map(|link| link.program),
-                    run_cnt: None,
-                });
-            }
-        }
-        let host_wide = |name: &str, kind: &str, state, evidence: &str| Guard {
-            name: name.to_owned(),
-            kind: kind.to_owned(),
-            root: None,
-            state,
-            evidence: evidence.to_owned(),
-            checked_ms: now,
-            link_id: None,
-            prog_id: None,
-            run_cnt: None,
+        let host_wide = |name: &str, kind: &str, state, evidence: &str| {
+            host_guard(name, kind, state, evidence, now)
         };
         guards.push(match self.settings.enforcement.containment {
             Containment::Off => host_wide(
@@ -290,6 +232,7 @@ impl Core {
             hold: None,
             leases: Vec::new(),
             leased: 0,
+            last_probe: self.probing.last.get(id).cloned(),
         }
     }
 
@@ -366,6 +309,12 @@ impl Core {
             hash: tables.hash.clone(),
             revision,
             lease: self.lease_at(index, question_addr, said.entry),
+            cgroups: self
+                .claims
+                .iter()
+                .filter(|(_, (_, agent))| *agent == index)
+                .map(|(path, _)| path.to_string())
+                .collect(),
             note: (said.cause != 0).then(|| {
                 abi::Cause::from_byte(said.cause).map_or_else(
                     || "unknown cause".to_owned(),
@@ -447,6 +396,9 @@ impl Core {
 
     fn myself(&mut self, caller: &Caller) -> Myself {
         let cgroup = caller.cgroup.clone();
+        let guard = cgroup
+            .as_deref()
+            .and_then(|cgroup| self.guarded(cgroup).ok());
         let place = cgroup
             .as_deref()
             .and_then(|cgroup| CgroupPath::new(cgroup).ok());
@@ -475,6 +427,7 @@ impl Core {
                 mode: self.force.unregistered.mode.name().to_owned(),
                 expires_ms: None,
                 cgroup,
+                guard,
                 revision,
                 hash: None,
                 scope: Vec::new(),
@@ -503,11 +456,33 @@ impl Core {
             mode: tables.mode.name().to_owned(),
             expires_ms: tables.expires,
             cgroup,
+            guard,
             revision,
             hash: Some(tables.hash.clone()),
             scope: tables.entries.iter().map(written).collect(),
             denials: self.recorder.denials(&id),
         }
+    }
+}
+
+/// A guard that is no link.
+pub(super) fn host_guard(
+    name: &str,
+    kind: &str,
+    state: GuardState,
+    evidence: &str,
+    checked_ms: policy::UnixMillis,
+) -> Guard {
+    Guard {
+        name: name.to_owned(),
+        kind: kind.to_owned(),
+        root: None,
+        state,
+        evidence: evidence.to_owned(),
+        checked_ms,
+        link_id: None,
+        prog_id: None,
+        run_cnt: None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use agent_ebpf::abi::ABI_VERSION;
 use tokio::sync::mpsc;
@@ -8,6 +8,8 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     DaemonError, Options, SETTLE_EVERY,
+    access::AccessBook,
+    differences::Seen,
     endings::Endings,
     evidence,
     force::{self, Force, Stance},
@@ -15,7 +17,10 @@ use super::{
     laps::Laps,
     lock::RootLock,
     lookups::Lookups,
+    metering::Meter,
     names::{self, Names},
+    posture::Beats,
+    probe::Probing,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
     registry,
@@ -60,6 +65,11 @@ pub struct Core {
     pub(super) drift: DriftBook,
     pub(super) names: Names,
     pub(super) lookups: Lookups,
+    pub(super) beats: Beats,
+    pub(super) seen: Seen,
+    pub(super) probing: Probing,
+    pub(super) meter: Meter,
+    pub(super) access: AccessBook,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -175,6 +185,8 @@ impl Core {
         laps.done("load");
         let adopted = enforcer.born_before_us();
         enforcer.guard_names(uses_names)?;
+        let mut meter = Meter::default();
+        let began = Instant::now();
         match enforcer.apply(&images) {
             Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
                 enforcer.outgrow(&images, larger(&enforcer, capacity))?;
@@ -182,6 +194,7 @@ impl Core {
             applied => drop(applied?),
         }
         laps.done("tables");
+        meter.applied(began);
 
         let limits = Limits {
             max_size: settings.log.max_size,
@@ -234,6 +247,11 @@ impl Core {
             drift: DriftBook::default(),
             names: guard,
             lookups: Lookups::default(),
+            beats: Beats::default(),
+            seen: Seen::default(),
+            probing: Probing::default(),
+            meter,
+            access: AccessBook::open(settings, limits)?,
             damage: loaded.damage,
             laps,
             memory,
@@ -241,6 +259,7 @@ impl Core {
         for error in loaded.unwritten {
             core.kept("state-holds", "state", Err(error));
         }
+        core.resume_access();
         core.expect_endings();
         core.attribute()?;
         core.laps.done("cgroups");
@@ -316,6 +335,8 @@ impl Core {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
         self.settle_lookups();
+        self.settle_access();
+        self.write_access();
         self.keep_clock();
         let revision = self.force.revision;
         self.decide(Decision::Stopped {
@@ -448,6 +469,7 @@ impl Core {
         self.recorder.settle(&mut self.enforcer);
         self.settle_lookups();
         self.tend_trail();
+        self.tend_access();
         self.enforcer.sweep();
         self.tend_names();
         if self.close_again {
@@ -455,6 +477,7 @@ impl Core {
             self.close_again = false;
         }
         self.end_what_ends();
+        self.probe_what_is_due();
         let Some(stepped) = self.offset.stepped() else {
             return false;
         };
@@ -467,6 +490,9 @@ impl Core {
         self.recorder.reopen();
         if let Err(error) = self.audit.reopen() {
             warn!(message = "The audit log could not be reopened.", %error);
+        }
+        if let Err(error) = self.access.reopen() {
+            warn!(message = "The access log could not be reopened.", %error);
         }
     }
 }

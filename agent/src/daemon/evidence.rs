@@ -26,6 +26,14 @@ pub(super) fn arrange(
         recorder.set_mask(Mask::new(patterns.iter().map(String::as_str))?);
     }
     let exports = Exports::open(&settings.paths.log, &log.export, log.journal, limits)?;
+    #[cfg(feature = "otlp")]
+    let exports = {
+        let mut exports = exports;
+        if let Some(collector) = log.otlp.as_ref().and_then(|text| text.parse().ok()) {
+            exports.send_to(collector)?;
+        }
+        exports
+    };
     if !exports.is_empty() {
         trail.keep_written();
     }
@@ -57,6 +65,7 @@ impl Core {
             }
         }
         let lost = exports.take_lost();
+        self.meter.unexported += lost;
         if lost > 0 {
             warn!(
                 message = "Events were not exported; the log has them.",

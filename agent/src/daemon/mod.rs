@@ -9,12 +9,15 @@
 //! One task, [`core::Core`], owns the kernel side and all state; the control server and the
 //! watchers only send to it.
 
+mod access;
+mod advice;
 mod answers;
 mod attribution;
 mod carried;
 mod closing;
 mod core;
 mod detach;
+mod differences;
 mod endings;
 mod evidence;
 mod files;
@@ -25,7 +28,10 @@ mod leased;
 mod lifecycle;
 mod lock;
 mod lookups;
+mod metering;
 mod names;
+mod posture;
+mod probe;
 mod reconcile;
 mod recorder;
 pub mod registry;
@@ -54,9 +60,10 @@ use crate::{
     kernel::{self, ApplyError, AttachError, OpenError},
 };
 
-pub use self::evidence::places;
+pub use self::{core::hierarchy, evidence::places};
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
+pub use probe::helper::serve as serve_probe;
 
 /// What a start is told beside the settings.
 #[derive(Clone, Debug)]
@@ -124,6 +131,15 @@ pub enum DaemonError {
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] control::server::BindError),
+    /// The address of the metrics.
+    #[error("cannot serve metrics at {address}, which `metrics.listen` names")]
+    Metrics {
+        /// Which address.
+        address: std::net::SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// Something of the operating system.
     #[error("cannot {what}")]
     System {
@@ -180,6 +196,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     let listener = control::server::Listener::bind(&settings.socket(), READERS)?;
     let (calls, mut requests) = mpsc::channel(64);
     let roots = core.roots_in_proc();
+    let scrape = metering::listen(&settings, calls.clone())?;
     let server = tokio::spawn(control::server::serve(listener, roots, calls));
 
     let mut terminate = signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?;
@@ -201,10 +218,15 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
     drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut settle = interval(SETTLE_EVERY);
     settle.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut reconcile = interval(settings.reconcile.every.unwrap_or(Duration::from_secs(5)));
+    let mut reconcile = interval(posture::compare_every(&settings));
     reconcile.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
+    let (steps, mut probing) = mpsc::channel(16);
+    let worker = probe::Worker::start(steps).map_err(system("start a thread for probes"))?;
+    core.set_probe_worker(worker);
+
     core.started();
+    core.compare_first();
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(message = "The service manager could not be told.", %error);
     }
@@ -226,6 +248,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     }
                 }
             }
+            Some(step) = probing.recv() => core.probe_step(step),
             Some(call) = requests.recv() => {
                 if matches!(call.request, control::Request::Reload(..)) {
                     files.read();
@@ -278,6 +301,9 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         }
     };
     server.abort();
+    if let Some(scrape) = scrape {
+        scrape.abort();
+    }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
         warn!(message = "The service manager could not be told.", %error);
     }

@@ -8,7 +8,12 @@ use std::{
 
 use tracing::{error, warn};
 
-use super::{core::Core, keeping, time::wall_millis};
+use super::{
+    core::Core,
+    differences::{Cure, Found},
+    keeping,
+    time::wall_millis,
+};
 use crate::{
     audit::{Actor, Decision, Difference, Drifted, Mending},
     control::{
@@ -19,11 +24,18 @@ use crate::{
     policy::{self, UnixMillis},
 };
 
+/// How often the comparison that runs by itself compiles the registry afresh.
+const COMPILE_EVERY: Duration = Duration::from_secs(60);
+
 /// What was found so far.
 #[derive(Clone, Debug, Default)]
 pub struct DriftBook {
     /// What stands, by what tells it from other drift: since when.
     open: BTreeMap<(&'static str, String), Standing>,
+    /// The same of what is no drift.
+    notices: BTreeMap<(&'static str, String), UnixMillis>,
+    /// When the registry was last compiled afresh to compare with.
+    compiled: Option<Instant>,
     summary: DriftSummary,
     /// When the last comparison ended, and how long it took.
     last: Option<(Instant, Duration)>,
@@ -52,13 +64,33 @@ impl DriftBook {
 }
 
 impl Core {
+    /// What comparing came to.
+    pub(super) fn drift_summary(&self) -> DriftSummary {
+        self.drift.summary()
+    }
+
+    /// How long the last comparison keeps the next one away, where the registry is large.
+    pub(super) fn drift_pause(&self) -> Duration {
+        self.drift.last.map_or(Duration::ZERO, |(_, took)| took * 9)
+    }
+
+    /// The first comparison, before anybody is told that the host enforces. The registry was
+    /// compiled just now.
+    pub(super) fn compare_first(&mut self) {
+        self.drift.compiled = Some(Instant::now());
+        self.mend();
+    }
+
     /// The comparison that runs by itself: whatever differs is mended. Of a registry so large that
-    /// it would take more than a tenth of the daemon's time, it runs less often.
+    /// it would take more than a tenth of the daemon's time, it runs less often. The registry is
+    /// compiled afresh once a minute only: its files are watched, and looked at by every comparison.
     pub(super) fn mend(&mut self) {
         self.survey();
         self.hold_again();
         if self.drift.is_due() {
-            self.reconcile(true, Actor::Daemon);
+            let compiled = self.drift.compiled;
+            let fresh = compiled.is_none_or(|at| at.elapsed() >= COMPILE_EVERY);
+            self.reconcile(true, fresh, Actor::Daemon);
         }
     }
 
@@ -68,16 +100,33 @@ impl Core {
             self.survey();
             self.hold_again();
         }
-        self.reconcile(repair, keeping::actor(caller))
+        self.reconcile(repair, true, keeping::actor(caller))
     }
 
-    fn reconcile(&mut self, repair: bool, by: Actor) -> Reconciled {
+    fn reconcile(&mut self, repair: bool, fresh: bool, by: Actor) -> Reconciled {
         let began = Instant::now();
         let now = wall_millis();
         let found = self.enforcer.inspect();
+        let beside = self.differences(fresh);
+        if fresh {
+            self.drift.compiled = Some(began);
+        }
         let mut seen = BTreeMap::new();
-        for drift in &found {
-            let key = (drift.kind.name(), drift.what.clone());
+        let keys = found
+            .iter()
+            .map(|drift| (drift.kind.name(), drift.what.clone()));
+        let others = beside
+            .iter()
+            .map(|(found, _)| (found.kind, found.what.clone()));
+        // What only a fresh compilation finds stands until the next one.
+        let kept: Vec<_> = self
+            .drift
+            .open
+            .keys()
+            .filter(|(_, what)| !fresh && what.starts_with("entry of "))
+            .cloned()
+            .collect();
+        for key in keys.chain(others).chain(kept) {
             let standing = self.drift.open.get(&key).copied().unwrap_or(Standing {
                 since: now,
                 told: false,
@@ -86,6 +135,7 @@ impl Core {
             if !standing.told {
                 self.drift.summary.found += 1;
                 self.drift.summary.last_ms = Some(now);
+                self.meter.drifted(key.0);
             }
             seen.insert(key, standing);
         }
@@ -96,7 +146,9 @@ impl Core {
                 message = "Registry and kernel disagree; mending.",
                 differences = found.len()
             );
+            let mending = Instant::now();
             let repaired = self.enforcer.repair(&found);
+            self.meter.repaired(mending);
             let left: BTreeSet<(&str, String)> = self
                 .enforcer
                 .inspect()
@@ -126,8 +178,27 @@ impl Core {
 
         let mut drift = Vec::new();
         for (each, mending) in found.into_iter().zip(outcomes) {
+            drift.push(self.tell(of_kernel(each), mending, by));
+        }
+        let mut cured: Vec<(Cure, Option<Result<(), String>>)> = Vec::new();
+        for (each, cure) in beside {
+            let outcome = match cured.iter().find(|(known, _)| *known == cure) {
+                Some((_, outcome)) => outcome.clone(),
+                None if repair => {
+                    let outcome = self.cure(&cure, by != Actor::Daemon);
+                    cured.push((cure, outcome.clone()));
+                    outcome
+                }
+                None => None,
+            };
+            let mending = match outcome {
+                None => Mending::NotTried,
+                Some(Ok(())) => Mending::Mended,
+                Some(Err(why)) => Mending::Failed(why),
+            };
             drift.push(self.tell(each, mending, by));
         }
+        self.beats.compared = Some(began);
         self.drift.summary.checked_ms = Some(now);
         self.drift.last = Some((Instant::now(), began.elapsed()));
         self.drift.summary.open = self.drift.open.len() as u64;
@@ -146,13 +217,14 @@ impl Core {
             took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
             entries: self.enforcer.compared(),
             drift,
+            notices: self.notices(),
             information: self.information(),
         }
     }
 
     /// Writes a difference down, once for each turn that it takes.
-    fn tell(&mut self, drift: kernel::Drift, mending: Mending, by: Actor) -> Drift {
-        let key = (drift.kind.name(), drift.what.clone());
+    fn tell(&mut self, drift: Found, mending: Mending, by: Actor) -> Drift {
+        let key = (drift.kind, drift.what.clone());
         let mut standing = self.drift.open.get(&key).copied().unwrap_or(Standing {
             since: wall_millis(),
             told: false,
@@ -163,7 +235,7 @@ impl Core {
             Mending::Mended => (Some(true), None),
             Mending::Failed(why) => (Some(false), Some(why.clone())),
         };
-        let root = drift.root();
+        let root = drift.root.clone();
         let news = match &mending {
             Mending::NotTried => !standing.told,
             Mending::Mended => true,
@@ -184,7 +256,7 @@ impl Core {
                 .map(|agent| agent.tables.hash.clone());
             let drifted = Drifted {
                 difference: Difference {
-                    kind: drift.kind.name().to_owned(),
+                    kind: drift.kind.to_owned(),
                     what: drift.what.clone(),
                     agent: drift.agent.clone().map(named),
                     root: root.clone(),
@@ -201,13 +273,14 @@ impl Core {
             self.decide(Decision::Drifted(Box::new(drifted)));
         }
         Drift {
-            kind: drift.kind.name().to_owned(),
+            kind: drift.kind.to_owned(),
             what: drift.what,
             agent: drift.agent.map(named),
             root,
             found: drift.found,
             wanted: drift.wanted,
             since_ms: standing.since,
+            remedy: Some(drift.remedy),
             repaired,
             error,
         }
@@ -242,6 +315,7 @@ impl Core {
             };
             self.drift.summary.found += 1;
             self.drift.summary.last_ms = Some(wall_millis());
+            self.meter.drifted(DriftKind::ForeignProgram.name());
             self.decide(Decision::Drifted(Box::new(drifted)));
         }
     }
@@ -270,6 +344,36 @@ impl Core {
         self.problems.remove("holds");
     }
 
+    /// What differs from what one would expect, and is as the registry and the settings want it.
+    fn notices(&mut self) -> Vec<Drift> {
+        let now = wall_millis();
+        let mut all = self.unclaimed();
+        all.extend(self.kept_entries());
+        let mut standing = BTreeMap::new();
+        let notices = all
+            .into_iter()
+            .map(|found| {
+                let key = (found.kind, found.what.clone());
+                let since = self.drift.notices.get(&key).copied().unwrap_or(now);
+                standing.insert(key, since);
+                Drift {
+                    kind: found.kind.to_owned(),
+                    what: found.what,
+                    agent: found.agent,
+                    root: found.root,
+                    found: found.found,
+                    wanted: found.wanted,
+                    since_ms: since,
+                    remedy: Some(found.remedy),
+                    repaired: None,
+                    error: None,
+                }
+            })
+            .collect();
+        self.drift.notices = standing;
+        notices
+    }
+
     /// What is worth knowing and no drift.
     fn information(&self) -> Vec<String> {
         let mut told: Vec<String> = self
@@ -295,6 +399,19 @@ impl Core {
             }
         }
         told
+    }
+}
+
+/// A difference in the kernel's tables, as all others are.
+fn of_kernel(drift: kernel::Drift) -> Found {
+    Found {
+        kind: drift.kind.name(),
+        root: drift.root(),
+        remedy: drift.remedy().to_owned(),
+        what: drift.what,
+        agent: drift.agent,
+        found: drift.found,
+        wanted: drift.wanted,
     }
 }
 

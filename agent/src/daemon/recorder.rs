@@ -11,16 +11,20 @@ use std::{
 use agent_ebpf::abi::{Addr, Cause, Event, Fold, NO_ENTRY, RING_BYTES, UNREGISTERED};
 use tracing::warn;
 
-use super::{lookups::Refused, time::Offset};
+use super::{
+    advice,
+    lookups::Refused,
+    time::{Offset, wall_millis},
+};
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Exports, Key, Ledger, Log, LogError, Mask, Owed, ProcessInfo,
-        Processes, Subject, Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, LogError, Lost, Mask, Owed,
+        ProcessInfo, Processes, Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},
     kernel::Enforcer,
-    policy::{AgentTables, Entry},
+    policy::{AgentTables, Entry, UnixMillis},
 };
 
 /// Policies whose entries are remembered after they have left force: records may lag behind, by
@@ -104,6 +108,7 @@ pub struct Recorder {
     /// When old files were looked for last.
     pruned: Option<Instant>,
     denials: BTreeMap<String, VecDeque<Denial>>,
+    lost: Lost,
     last: BTreeMap<String, LastViolation>,
     revision: u64,
     offset: Offset,
@@ -112,6 +117,31 @@ pub struct Recorder {
     unguarded: BTreeSet<u32>,
     /// When the ring last had a record.
     heard: Option<Instant>,
+    health: Health,
+    watch: Option<Watch>,
+}
+
+/// The cgroup of a probe's helper: lines about it are marked.
+#[derive(Clone, Debug)]
+struct Watch {
+    cgroup: u64,
+    run: String,
+    unwritten: Option<String>,
+}
+
+/// How reading and writing go, for `remit status`.
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    /// When the ring was last looked into.
+    pub drained: Option<Instant>,
+    /// When everything was last squared with the kernel's counters.
+    pub settled: Option<Instant>,
+    /// When the last line was written.
+    pub written: Option<UnixMillis>,
+    /// Since when lines cannot be written, and why; none while they can.
+    pub broken: Option<(UnixMillis, String)>,
+    /// When records were last lost in the kernel or to the disk, and how many then.
+    pub lost: Option<(Instant, u64)>,
 }
 
 impl Recorder {
@@ -130,12 +160,55 @@ impl Recorder {
             exports: Exports::default(),
             pruned: None,
             denials: BTreeMap::new(),
+            lost: Lost::default(),
             last: BTreeMap::new(),
             revision: 0,
             offset,
             hostnames: HashMap::new(),
             unguarded: BTreeSet::new(),
             heard: None,
+            health: Health::default(),
+            watch: None,
+        }
+    }
+
+    /// Marks lines about this cgroup as those of a probe.
+    pub fn watch(&mut self, cgroup: u64, run: String) {
+        self.watch = Some(Watch {
+            cgroup,
+            run,
+            unwritten: None,
+        });
+    }
+
+    /// Marks nothing any more.
+    pub fn watch_no_more(&mut self) {
+        self.watch = None;
+    }
+
+    /// Why a line of the probe could not be written, if one could not.
+    pub fn unwritten(&self) -> Option<String> {
+        self.watch.as_ref()?.unwritten.clone()
+    }
+
+    /// How reading and writing go.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// What speaks against the log's file, as it is on the disk now.
+    pub fn log_fault(&self) -> Option<String> {
+        let Sink::Log(log) = &self.sink else {
+            return None;
+        };
+        if let Some((since, why)) = &self.health.broken {
+            let since = wall_millis().saturating_sub(*since) / 1_000;
+            return Some(format!("no line could be written for {since} s: {why}"));
+        }
+        match std::fs::symlink_metadata(log.path()) {
+            Ok(meta) if meta.is_file() => None,
+            Ok(_) => Some("its path names no file".to_owned()),
+            Err(error) => Some(format!("its file is not there: {error}")),
         }
     }
 
@@ -306,6 +379,7 @@ impl Recorder {
     /// Takes in what the ring has, for a turn at most; what is left stays there.
     pub fn drain(&mut self, enforcer: &mut Enforcer) {
         let turn = Instant::now();
+        self.health.drained = Some(turn);
         loop {
             let events = enforcer.drain(CHUNK);
             if !events.is_empty() {
@@ -357,6 +431,7 @@ impl Recorder {
     /// Once a second: what the ring has, then what folds and losses still owe.
     pub fn settle(&mut self, enforcer: &mut Enforcer) {
         self.empty(enforcer);
+        self.health.drained = Some(Instant::now());
         self.prune();
         let now = crate::kernel::boot_nanos();
         let folds: Vec<(u32, Fold)> = enforcer
@@ -375,6 +450,7 @@ impl Recorder {
         for owed in self.ledger.tick(now, counters) {
             self.write_owed(now, &owed);
         }
+        self.health.settled = Some(Instant::now());
     }
 
     fn known(&self, agent: u32, policy: u64) -> Known {
@@ -476,10 +552,32 @@ impl Recorder {
             reason: violation.reason,
         };
         let host = self.host.clone();
+        let watched = |watch: &&Watch| watch.cgroup == violation.cgroup_id;
+        let run = self.watch.as_ref().filter(watched);
+        let run = run.map(|watch| watch.run.clone());
         let line = self.append(now, key, count, |sequence| {
-            violation.to_ocsf(&host, sequence)
+            let mut line = violation.to_ocsf(&host, sequence);
+            if let Some(run) = &run
+                && let Some(unmapped) = line.pointer_mut("/unmapped")
+                && let Some(unmapped) = unmapped.as_object_mut()
+            {
+                unmapped.insert("probe".to_owned(), run.as_str().into());
+            }
+            line
         });
-        let Some(text) = line else { return };
+        let Some(text) = line else {
+            if run.is_some()
+                && let Some(watch) = &mut self.watch
+            {
+                let why = self.health.broken.as_ref().map(|(_, why)| why.clone());
+                watch.unwritten = Some(why.unwrap_or_else(|| "the log cannot be written".into()));
+            }
+            return;
+        };
+        // What a probe provoked is no violation of the agent's own.
+        if run.is_some() {
+            return;
+        }
         let id = violation.agent.id.clone();
         self.last.insert(
             id.clone(),
@@ -500,6 +598,7 @@ impl Recorder {
             destination,
             reason: violation.reason.name().to_owned(),
             text,
+            advice: advice::on(violation),
         });
         denials.truncate(DENIALS);
     }
@@ -517,6 +616,11 @@ impl Recorder {
         };
         let host = self.host.clone();
         let count = owed.lost.sum();
+        // What an agent loses by its own rate is no fault of the reader's.
+        if owed.lost.disk > 0 {
+            self.health.lost = Some((Instant::now(), owed.lost.disk));
+        }
+        self.lost = self.lost + owed.lost;
         self.append(now, owed.key, count, |sequence| {
             dropped.to_ocsf(&host, sequence)
         });
@@ -559,14 +663,28 @@ impl Recorder {
                 let mut text = String::new();
                 let mut exported = None;
                 let exports = &mut self.exports;
-                let bytes = log.append(|sequence| {
+                let appended = log.append(|sequence| {
                     let value = build(sequence);
                     text = human(&value, false);
                     if !exports.is_empty() {
                         exported = Some(value.clone());
                     }
                     value
-                })?;
+                });
+                let bytes = match appended {
+                    Ok(bytes) => bytes,
+                    Err(error) => {
+                        let since = self
+                            .health
+                            .broken
+                            .take()
+                            .map_or_else(wall_millis, |(at, _)| at);
+                        self.health.broken = Some((since, error.to_string()));
+                        return Err(error);
+                    }
+                };
+                self.health.written = Some(wall_millis());
+                self.health.broken = None;
                 if let Some(event) = exported {
                     exports.write(&event);
                 }
@@ -588,6 +706,11 @@ impl Recorder {
             })
             .sum();
         written < counted
+    }
+
+    /// Attempts whose details were lost since the start, by where.
+    pub fn lost(&self) -> Lost {
+        self.lost
     }
 
     /// The newest violation of an agent.

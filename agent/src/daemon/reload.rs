@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
+    time::Instant,
 };
 
 use tracing::{error, info};
@@ -34,7 +35,9 @@ impl Core {
     /// Compiles the registry and swaps it in. Whatever cannot be used leaves in force what is.
     /// Returns the agents that changed, or why nothing did.
     pub fn reload(&mut self) -> Result<Changed, String> {
+        let began = Instant::now();
         let result = self.try_reload();
+        self.meter.applied(began);
         match &result {
             Ok(changed) => {
                 info!(
@@ -83,6 +86,8 @@ impl Core {
         self.enforcer.sweep();
         let images = self.images(&next);
         laps.done("images");
+        // The numbers that the kernel knows agents by may be given to others.
+        self.settle_access();
         if self.uses_names(&next) {
             // Before any lookup is turned, so that its answer finds the way back.
             self.guard_names(true);

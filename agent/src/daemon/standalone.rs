@@ -266,6 +266,53 @@ fn is_alive(name: &str) -> bool {
     started(pid).is_ok_and(|found| found == start)
 }
 
+/// Loads the real programs and attaches them to an empty cgroup of its own, then takes all of it
+/// away again. Returns each hook, and whether the kernel lists it there.
+pub fn try_fence(settings: &Settings) -> Result<Vec<(&'static str, bool)>, DaemonError> {
+    let hierarchy = core::hierarchy(settings)?;
+    let name = name("doctor").map_err(|source| DaemonError::System {
+        what: "read /proc/self/stat",
+        source,
+    })?;
+    let text = format!("{PLACE}/{name}");
+    let root = CgroupPath::new(&text).map_err(|why| DaemonError::Root(text.clone(), why))?;
+    let pins = settings.paths.bpffs.join("run").join(&name);
+    let tried = try_fence_at(settings, &hierarchy, &root, &pins);
+    // Nothing ran in it, so nothing is unfenced by this; what cannot be removed now is swept by a
+    // later command.
+    drop(kernel::remove_pins(&pins));
+    drop(hierarchy.remove(&root));
+    if let Some(place) = root.parent() {
+        drop(hierarchy.remove(&place));
+    }
+    tried
+}
+
+fn try_fence_at(
+    settings: &Settings,
+    hierarchy: &Hierarchy,
+    root: &CgroupPath,
+    pins: &Path,
+) -> Result<Vec<(&'static str, bool)>, DaemonError> {
+    hierarchy.create(root)?;
+    kernel::prepare_bpffs(&settings.paths.bpffs)?;
+    let mut enforcer = core::open_alone(pins, &[], settings.log.per_agent_rate)?;
+    let name = root.to_string();
+    enforcer.fence(&name, &hierarchy.directory(root))?;
+    let found = enforcer
+        .fences()
+        .flat_map(|(_, fence)| fence.guards())
+        .map(|guard| (guard.hook, guard.listed))
+        .collect();
+    enforcer
+        .detach_all()
+        .map_err(|source| DaemonError::System {
+            what: "take the trial away",
+            source,
+        })?;
+    Ok(found)
+}
+
 /// Removes the fences of runs whose remit has died and whose tree is empty. Returns their names.
 /// Those that still hold processes stay.
 pub fn sweep(settings: &Settings) -> Vec<String> {

@@ -31,6 +31,8 @@ pub struct Guard {
     pub hook: &'static str,
     /// What was found; none when the link is gone.
     pub link: Option<sys::CgroupLink>,
+    /// Id of the program that was put there.
+    pub wanted: u32,
     /// Whether the kernel lists the link's program on the cgroup.
     pub listed: bool,
     /// The programs of others on the same hook of the same cgroup, by their ids.
@@ -233,6 +235,7 @@ impl Fence {
                 Guard {
                     hook: held.expected.hook,
                     link: info,
+                    wanted: held.program,
                     listed: ours.is_some(),
                     others,
                 }

@@ -86,6 +86,22 @@ impl Drift {
     }
 }
 
+impl Drift {
+    /// What a repair does.
+    pub const fn remedy(&self) -> &'static str {
+        match &self.target {
+            Target::Table(Spot::Claim(_) | Spot::Epoch) => "attributes the cgroup anew",
+            Target::Table(Spot::Unreadable) => "nothing that helps a map which cannot be read",
+            Target::Table(_) => {
+                "removes what is too much, and writes the agent under a new policy, to which its \
+                 word flips"
+            }
+            Target::Root(_) => "attaches and pins the link anew, with remit's own program",
+            Target::MapPin(_) | Target::ProgramPin(_) => "pins it anew",
+        }
+    }
+}
+
 impl std::fmt::Display for Drift {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.kind.name(), self.what)?;

@@ -5,11 +5,13 @@
 //! in force in one transaction. [`Enforcer::fence`] attaches to a root. Nothing here lifts
 //! anything unless it is asked to by name: when this process dies, pins keep the fence up.
 
+mod access;
 mod attach;
 mod bulk;
 mod drift;
 mod endpoints;
 mod error;
+mod evidence;
 mod handover;
 mod image;
 mod object;
@@ -48,15 +50,17 @@ use self::{
     tally::Tally,
 };
 
+pub use access::{Accesses, Remembered, add as add_access};
 pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
+pub use evidence::{RingState, run_pinned};
 pub use image::{DEADLINE_SLACK, Image};
 pub use object::{DNS_HOOKS, EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
 pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
-pub use table::Difference;
+pub use table::{Difference, Loan, Usage};
 
 /// Entries that the maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +144,7 @@ pub struct Enforcer {
     folds: PerCpuArray<MapData, Fold>,
     question: Array<MapData, Question>,
     answer: Array<MapData, Answer>,
+    accesses: Accesses,
     fences: HashMap<String, Fence>,
     pinned: Pinned,
     /// What was counted elsewhere than in `counters`.
@@ -254,6 +259,17 @@ impl Enforcer {
         let events = typed(&mut ebpf, "events")?;
         let counters = typed(&mut ebpf, "counters")?;
         let folds = typed(&mut ebpf, "folds")?;
+        let taking = maps
+            .iter()
+            .find(|(name, ..)| *name == "access")
+            .ok_or(OpenError::MapMissing { name: "access" })?;
+        let taking = taking.2.try_clone().map_err(unusable(&plan.set))?;
+        let accesses = Accesses::new(
+            taking,
+            typed(&mut ebpf, "access")?,
+            typed(&mut ebpf, "beyond")?,
+            (typed(&mut ebpf, "cache")?, object::id_of(&maps, "cache")),
+        );
         let mut question = typed(&mut ebpf, "question")?;
         let mut answer = typed(&mut ebpf, "answer")?;
         // Before the tables are taken over: read by another layout they would look like nobody's.
@@ -295,6 +311,7 @@ impl Enforcer {
             folds,
             question,
             answer,
+            accesses,
             fences: HashMap::new(),
             pinned: Pinned {
                 base: base.to_owned(),
@@ -334,6 +351,11 @@ impl Enforcer {
     /// Entries that the maps in use are made for.
     pub fn capacity(&self) -> Capacity {
         self.tables.capacity()
+    }
+
+    /// How full the maps are that a registry can fill.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.tables.usage()
     }
 
     /// How the maps in use came about.
@@ -533,6 +555,11 @@ impl Enforcer {
             tally::add(&mut sum, &tally.sum(agent).ok()?);
         }
         Some(sum)
+    }
+
+    /// What agents reached, and how much.
+    pub fn accesses(&mut self) -> &mut Accesses {
+        &mut self.accesses
     }
 
     /// Every fold slot in use: CPU, slot, content.

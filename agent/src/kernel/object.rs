@@ -8,9 +8,9 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    ASKERS, AgentName, AgentRow, Answer, Asked, Asker, Budget, CACHE_PLACES, Counters, Endpoint,
-    EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf, OWNERS, Owner, Question,
-    RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    ACCESS_ENTRIES, ASKERS, Access, AccessKey, AgentName, AgentRow, Answer, Asked, Asker, Budget,
+    CACHE_PLACES, Counters, Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf,
+    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -161,7 +161,7 @@ const SIZED: [&str; 10] = [
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 23] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 25] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -202,6 +202,14 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 23] {
             capacity.rule_sets,
         ),
         map("cache", PerCpuArray, 4, size_of::<Slots>(), CACHE_PLACES),
+        map(
+            "access",
+            Hash,
+            size_of::<AccessKey>(),
+            size_of::<Access>(),
+            ACCESS_ENTRIES,
+        ),
+        map("beyond", PerCpuArray, 4, size_of::<Access>(), 1),
         map("homes", PerCpuArray, 4, size_of::<Home>(), HOMES),
         map(
             "counters",

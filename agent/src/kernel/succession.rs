@@ -45,9 +45,9 @@ pub enum Succession {
 
 /// Maps that go from set to set as they are, while their shape is the same. All others are this
 /// process's own to fill.
-const CARRIED: [&str; 10] = [
-    "tags", "owners", "events", "folds", "budgets", "names", "counters", "guards", "asked",
-    "askers",
+const CARRIED: [&str; 12] = [
+    "tags", "owners", "events", "folds", "budgets", "names", "counters", "access", "beyond",
+    "guards", "asked", "askers",
 ];
 /// Of those, the ones that older versions do not have, and that are made anew in no time.
 const RENEWED: [&str; 3] = ["guards", "asked", "askers"];

@@ -12,7 +12,7 @@ use std::{
     ptr,
 };
 
-use super::{program::Images, terminal, user::Ids};
+use super::{Streams, program::Images, terminal, user::Ids};
 
 /// Enough of `/proc/self/cgroup`: v2's line comes last on hybrid hosts, after at most 14 others.
 const MEMBERSHIP_BYTES: usize = 16 * 1024;
@@ -75,6 +75,8 @@ pub(super) struct Plan {
     pub(super) terminal: bool,
     /// What to execute.
     pub(super) images: Images,
+    /// Standard streams in place of the parent's.
+    pub(super) streams: Option<Streams>,
     /// Where to report a failure. Closed by exec.
     pub(super) report: OwnedFd,
 }
@@ -243,6 +245,9 @@ impl Plan {
                 errno: libc::EXDEV,
             });
         }
+        if let Some(streams) = &self.streams {
+            place_streams(streams).map_err(at(Step::Descriptors))?;
+        }
         mark_descriptors().map_err(at(Step::Descriptors))?;
         if self.no_new_privs {
             no_new_privs().map_err(at(Step::Privileges))?;
@@ -353,6 +358,17 @@ fn mark_descriptors() -> Result<(), Errno> {
             libc::CLOSE_RANGE_CLOEXEC,
         )
     })
+}
+
+/// Puts the standard streams where a command looks for them. None of those handed in is one of
+/// these numbers: the daemon has all three open.
+fn place_streams(streams: &Streams) -> Result<(), Errno> {
+    let each = [&streams.stdin, &streams.stdout, &streams.stderr];
+    for (number, stream) in (0..).zip(each) {
+        // SAFETY: plain numbers; no memory is touched.
+        check(unsafe { libc::dup2(stream.as_raw_fd(), number) }.into())?;
+    }
+    Ok(())
 }
 
 fn set_groups(groups: &[u32]) -> Result<(), Errno> {

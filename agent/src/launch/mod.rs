@@ -35,6 +35,7 @@ use std::{
         unix::ffi::OsStringExt as _,
     },
     path::PathBuf,
+    sync::Arc,
 };
 
 use nix::{
@@ -72,6 +73,18 @@ pub struct Launch {
     environment: Vec<(OsString, OsString)>,
     no_new_privs: bool,
     terminal: bool,
+    streams: Option<Streams>,
+}
+
+/// Standard streams of a command's own, in place of its parent's.
+#[derive(Clone, Debug)]
+pub struct Streams {
+    /// What it reads.
+    pub stdin: Arc<OwnedFd>,
+    /// Where it writes.
+    pub stdout: Arc<OwnedFd>,
+    /// Where it complains.
+    pub stderr: Arc<OwnedFd>,
 }
 
 /// A started command. Dropping it neither ends nor reaps it.
@@ -206,6 +219,22 @@ impl Launch {
             user,
             no_new_privs,
             terminal: terminal::is_shared(),
+            streams: None,
+        })
+    }
+
+    /// A command of Remit's own: as this very user, without an environment, on streams of its own.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn own(argv: Vec<OsString>, streams: Streams) -> Result<Self, Error> {
+        Ok(Self {
+            program: Program::find(argv, None)?,
+            environment: Vec::new(),
+            user: User::Same,
+            no_new_privs: true,
+            terminal: false,
+            streams: Some(streams),
         })
     }
 
@@ -255,6 +284,7 @@ impl Launch {
             no_new_privs: self.no_new_privs,
             terminal: self.terminal,
             images: self.program.images(&self.environment)?,
+            streams: self.streams.clone(),
             report: reported,
         };
         let (pid, pidfd) = plan.start(joining).map_err(|source| Error::Clone {

@@ -92,6 +92,7 @@ fn a_process_that_is_elsewhere_never_becomes_the_command() {
             no_new_privs: true,
             terminal: false,
             images: launch.program.images(&[]).unwrap(),
+            streams: None,
             report: reported,
         };
         let (pid, pidfd) = plan.start(joining).unwrap();

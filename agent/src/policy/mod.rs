@@ -23,6 +23,7 @@ mod finding;
 mod hash;
 mod lease;
 mod link;
+mod looked;
 mod lower;
 mod memo;
 mod memory;
@@ -46,6 +47,7 @@ pub use finding::{Finding, Severity};
 pub use lease::{
     LeasedPorts, LeasedRule, TooManyRules, Unleasable, is_inside, leasable, leased_rules, reaches,
 };
+pub use looked::{Looked, LookedRule, looked_at};
 pub use memo::Memory;
 pub use memory::{MemoryRules, row, rule_sets};
 pub use model::{Agent, Lifecycle, Set};

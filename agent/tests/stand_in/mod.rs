@@ -14,10 +14,12 @@ use std::{
 use remit::control::{
     Call, Hold, Reply, Request, Resume,
     protocol::{
-        Agent, AgentStatus, Agents, Answer, Cgroup, DriftSummary, Entry, Explain, Guard,
-        GuardState, Held, LastViolation, Myself, Posture, Question, Reconciled, Refusal, Registry,
-        Reload, RunGrant, Source, Status,
+        Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain,
+        Exposition, Guard, GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt,
+        ProbeCounts, ProbeVerdict, Probed, Question, Reconciled, Refusal, Registry, Reload,
+        RunGrant, Source, Status,
     },
+    scrape,
     server::{Listener, serve},
 };
 use tempfile::TempDir;
@@ -89,6 +91,7 @@ pub fn reconciled() -> Reconciled {
         took_ms: 3,
         entries: 41,
         drift: Vec::new(),
+        notices: Vec::new(),
         information: Vec::new(),
     }
 }
@@ -132,6 +135,21 @@ pub fn serve_at(
     runtime
 }
 
+/// Serves metrics on a loopback address of the system's choice.
+pub fn scraped() -> (std::net::SocketAddr, tokio::runtime::Runtime) {
+    let listener = scrape::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (calls, requests) = mpsc::channel(8);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.spawn(scrape::serve(listener, calls));
+    runtime.spawn(stand_in(requests, Answers::default()));
+    (address, runtime)
+}
+
 async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
     while let Some(Call { caller, request }) = requests.recv().await {
         match request {
@@ -156,6 +174,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                     source: Source::Kernel,
                     hash: "sha256:00".to_owned(),
                     revision: 7,
+                    cgroups: Vec::new(),
                     note: None,
                     lease: None,
                 };
@@ -173,10 +192,28 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
             Request::Hold(hold, reply) => answer(reply, (answers.hold)(&hold)),
             Request::Resume(resume, reply) => answer(reply, (answers.resume)(&resume)),
             Request::Reconcile { repair, reply } => answer(reply, Ok((answers.reconcile)(repair))),
+            Request::Attached(question, reply) => answer(
+                reply,
+                Ok(Attached {
+                    passes: question.port == 443,
+                    program: 44,
+                    cgroup: "/agents.slice/x.service".to_owned(),
+                    run: "1f".to_owned(),
+                }),
+            ),
+            Request::Probe(id, reply) => answer(reply, probed(id)),
+            Request::Guard(cgroup, reply) => answer(reply, Ok(guarded(cgroup))),
             Request::Run(request, reply) => {
                 let cgroup = PathBuf::from(format!("/cg/{}", request.agent));
                 answer(reply, Ok(RunGrant { cgroup, id: 5 }));
             }
+            Request::Metrics(reply) => answer(
+                reply,
+                Ok(Exposition {
+                    content_type: "application/openmetrics-text; version=1.0.0",
+                    text: "remit_problems 0\n# EOF\n".to_owned(),
+                }),
+            ),
             Request::Myself(reply) => answer(reply, Ok(myself(caller.cgroup))),
         }
     }
@@ -237,6 +274,7 @@ pub fn status(posture: Posture) -> Status {
             hold: None,
             leases: Vec::new(),
             leased: 0,
+            last_probe: None,
         }],
         findings: Vec::new(),
         registry: Registry {
@@ -245,6 +283,7 @@ pub fn status(posture: Posture) -> Status {
             warnings: 1,
         },
         drift: DriftSummary::default(),
+        probes: ProbeCounts::default(),
     }
 }
 
@@ -255,11 +294,68 @@ fn guard(name: &str, state: GuardState) -> Guard {
         root: Some("/agents.slice".to_owned()),
         state,
         evidence: "link 12, program 44".to_owned(),
-        checked_ms: 1_793_836_900_000,
+        checked_ms: i64::try_from(
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+                .as_millis(),
+        )
+        .unwrap(),
         link_id: Some(12),
         prog_id: Some(44),
         run_cnt: None,
     }
+}
+
+fn guarded(cgroup: String) -> Guarded {
+    let ok = cgroup.starts_with("/agents.slice/");
+    Guarded {
+        root: ok.then(|| "/agents.slice".to_owned()),
+        fenced: ok,
+        agent: ok.then(|| "billing-recon".to_owned()),
+        state: if ok { "active" } else { "unregistered" }.to_owned(),
+        ok,
+        why: if ok {
+            Vec::new()
+        } else {
+            vec!["it is below no root".to_owned()]
+        },
+        cgroup,
+    }
+}
+
+fn probed(id: String) -> Result<Probed, Refusal> {
+    let (verdict, evidence) = match id.as_str() {
+        "holds" => (ProbeVerdict::Pass, "refused at once"),
+        "open" => (ProbeVerdict::Fail, "connect succeeded, and must be refused"),
+        "dark" => (ProbeVerdict::Unknown, "connect ended with ENETUNREACH"),
+        _ => return Err(Refusal::no_such_agent(&id)),
+    };
+    let why = match verdict {
+        ProbeVerdict::Pass => Vec::new(),
+        ProbeVerdict::Fail | ProbeVerdict::Unknown => {
+            vec![format!("IPv4 TCP connect: {evidence}")]
+        }
+    };
+    Ok(Probed {
+        agent: id,
+        verdict,
+        why,
+        run: "1f".to_owned(),
+        began_ms: 1_793_836_800_000,
+        took_ms: 80,
+        cgroup: Some("/agents.slice/x.service".to_owned()),
+        attempts: vec![ProbeAttempt {
+            name: "IPv4 TCP connect".to_owned(),
+            hook: "cgroup/connect4".to_owned(),
+            to: Some("192.0.2.7:4000".to_owned()),
+            wanted: "must be refused as out_of_scope".to_owned(),
+            verdict,
+            evidence: evidence.to_owned(),
+        }],
+        revision: 7,
+        hash: "sha256:00".to_owned(),
+    })
 }
 
 fn agent() -> Agent {
@@ -299,6 +395,7 @@ fn myself(cgroup: Option<String>) -> Myself {
         mode: "enforce".to_owned(),
         expires_ms: None,
         cgroup,
+        guard: None,
         revision: 7,
         hash: None,
         scope: Vec::new(),

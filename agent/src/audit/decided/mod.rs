@@ -4,6 +4,7 @@ mod actor;
 mod daemon;
 mod finding;
 mod lifecycle;
+mod probe;
 mod registry;
 
 use serde_json::Value;
@@ -13,6 +14,7 @@ pub use self::{
     daemon::{FenceLifted, Refenced, Succession, Tables},
     finding::{ClockBehind, Damaged, Difference, Drifted, Mending},
     lifecycle::{Change, Lifecycle},
+    probe::{ProbeResult, ProbeRun},
     registry::{ClockAccepted, ClockStepped},
 };
 use super::{
@@ -85,6 +87,8 @@ pub enum Decision {
     Lifecycle(Box<Lifecycle>),
     /// Registry and kernel differ, or do no more.
     Drifted(Box<Drifted>),
+    /// An agent's fence was tried from inside.
+    Probed(Box<ProbeRun>),
     /// A state file cannot be trusted.
     Damaged(Damaged),
     /// The wall clock is behind the latest time ever seen.
@@ -131,6 +135,7 @@ impl Decided {
             } => registry::refused(*revision, agents, errors, *closed, time),
             Decision::Lifecycle(lifecycle) => lifecycle.event(time),
             Decision::Drifted(drifted) => drifted.event(time),
+            Decision::Probed(probe) => probe.event(time),
             Decision::Damaged(damaged) => damaged.event(time),
             Decision::ClockBehind(behind) => behind.event(time),
             Decision::ClockStepped(stepped) => stepped.event(time),

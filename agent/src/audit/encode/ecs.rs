@@ -83,6 +83,11 @@ pub fn encode(event: &Value) -> Value {
         );
         out.put("network.community_id", at("/connection_info/community_uid"));
     }
+    out.put("source.bytes", at("/traffic/bytes_out"));
+    out.put("source.packets", at("/traffic/packets_out"));
+    let rfc3339 = |pointer: &str| Some(json!(rfc3339(at(pointer)?.as_i64()?)));
+    out.put("event.start", rfc3339("/start_time"));
+    out.put("event.end", rfc3339("/end_time"));
     out.put("rule.id", at("/firewall_rule/uid"));
     out.put("rule.category", at("/firewall_rule/category"));
     out.put("rule.description", at("/firewall_rule/condition"));

@@ -44,7 +44,8 @@ impl Violation {
         if self.count > 1 {
             event.insert("count".to_owned(), json!(self.count));
         }
-        self.agent.fields(&mut event, self.verdict);
+        self.agent
+            .fields(&mut event, self.verdict == Verdict::Denied);
         event.insert("firewall_rule".to_owned(), self.rule());
         event.insert("actor".to_owned(), actor(&self.agent, &self.process));
         event.insert("connection_info".to_owned(), self.connection());
@@ -188,7 +189,8 @@ impl Dropped {
         .build(host, sequence);
         verdict_fields(&mut event, self.verdict, self.reason);
         event.insert("count".to_owned(), json!(count));
-        self.agent.fields(&mut event, self.verdict);
+        self.agent
+            .fields(&mut event, self.verdict == Verdict::Denied);
         event.insert(
             "firewall_rule".to_owned(),
             json!({
@@ -230,7 +232,7 @@ impl Dropped {
 
 impl Subject {
     /// `billing-recon (owner alice@example.com)`.
-    fn label(&self) -> String {
+    pub(super) fn label(&self) -> String {
         if self.registered {
             format!("{} (owner {})", self.id, self.owner)
         } else {
@@ -238,11 +240,12 @@ impl Subject {
         }
     }
 
-    fn actor(&self) -> Value {
+    pub(super) fn actor(&self) -> Value {
         json!({ "app_name": self.name, "app_uid": self.id })
     }
 
-    pub(super) fn fields(&self, event: &mut Map<String, Value>, verdict: Verdict) {
+    /// `applied`: whether what happened is what the entry says.
+    pub(super) fn fields(&self, event: &mut Map<String, Value>, applied: bool) {
         event.insert(
             "ai_agent".to_owned(),
             json!({ "uid": self.id, "name": self.name }),
@@ -252,7 +255,7 @@ impl Subject {
             "name": self.id,
             "version": self.hash,
             "type": "egress-scope",
-            "is_applied": verdict == Verdict::Denied,
+            "is_applied": applied,
         });
         if self.registered {
             let mut desc = format!("owner={}", self.owner);
@@ -291,7 +294,7 @@ impl Endpoint {
     }
 
     /// `198.51.100.23:443`, `[2001:db8::1]:443`, `198.51.100.23`.
-    fn shown(&self) -> String {
+    pub(super) fn shown(&self) -> String {
         match (self.port, self.ip) {
             (Some(port), IpAddr::V4(ip)) => format!("{ip}:{port}"),
             (Some(port), IpAddr::V6(ip)) => format!("[{ip}]:{port}"),
@@ -414,6 +417,6 @@ fn verdict_fields(event: &mut Map<String, Value>, verdict: Verdict, reason: Reas
     }
 }
 
-fn connection(protocol: &str) -> Value {
+pub(super) fn connection(protocol: &str) -> Value {
     json!({ "direction_id": 2, "direction": "Outbound", "protocol_name": protocol })
 }

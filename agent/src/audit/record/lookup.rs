@@ -98,7 +98,7 @@ impl Lookup {
         if self.count > 1 {
             event.insert("count".to_owned(), json!(self.count));
         }
-        self.agent.fields(&mut event, self.verdict);
+        self.agent.fields(&mut event, denied);
         if !self.name.is_empty() {
             let query = json!({ "hostname": self.name, "type": self.kind, "class": "IN" });
             event.insert("query".to_owned(), query);

@@ -7,6 +7,7 @@
 mod event;
 mod kernel;
 mod lookup;
+mod reached;
 #[cfg(test)]
 pub(super) mod tests;
 mod words;
@@ -15,7 +16,7 @@ use std::net::IpAddr;
 
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 
-pub use self::{kernel::Context, lookup::Lookup};
+pub use self::{kernel::Context, lookup::Lookup, reached::Reached};
 use super::text::{NAME_BYTES, clean, until_nul};
 use crate::policy::tables::{AgentTables, Entry, UnixMillis};
 
@@ -97,6 +98,18 @@ pub struct Lost {
     pub rate: u64,
     /// The log could not be written.
     pub disk: u64,
+}
+
+impl std::ops::Add for Lost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            kernel: self.kernel + other.kernel,
+            rate: self.rate + other.rate,
+            disk: self.disk + other.disk,
+        }
+    }
 }
 
 /// The agent of an event, as its registry entry says.

@@ -17,6 +17,7 @@
 pub mod chain;
 pub mod check;
 pub mod checkpoint;
+mod ending;
 pub mod event;
 pub mod head;
 pub mod keys;
@@ -25,17 +26,16 @@ mod tests;
 pub mod verify;
 
 use std::{
-    fs::{self, File},
-    io::{self, Read as _, Seek as _, SeekFrom},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use serde_json::{Map, Value};
 
 use self::{
-    chain::{Flaw, Link, Position, Record},
+    chain::{Link, Position},
     checkpoint::Checkpoint,
+    ending::{Ending, Opening, ending_of, fragments, judge, last_record},
     event::{Resumed, TrailEvent, Why},
     head::Head,
     keys::{KeyError, PublicKey, Signer},
@@ -52,9 +52,6 @@ const CHECKPOINT_RECORDS: u64 = 256;
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(900);
 /// How often old files are looked for.
 const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
-/// First piece read from the end of a file in search of its last record; doubled until one is
-/// found.
-const WINDOW: u64 = 64 << 10;
 
 /// Where the trail's files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,32 +73,6 @@ pub enum TrailError {
     /// The key.
     #[error(transparent)]
     Key(#[from] KeyError),
-}
-
-/// What is to be said before the next record, because the disk was full when the trail was opened.
-#[derive(Debug)]
-struct Opening {
-    resumed: Option<Resumed>,
-    old_key: Option<PublicKey>,
-}
-
-impl Opening {
-    /// The same with lines that were cut short since.
-    fn with(mut self, fragments: Vec<(usize, chain::Hash)>, last: u64) -> Self {
-        match &mut self.resumed {
-            Some(resumed) => resumed.fragments.extend(fragments),
-            None if fragments.is_empty() => {}
-            None => {
-                self.resumed = Some(Resumed {
-                    why: Why::Fragment,
-                    head: Some(last),
-                    found: Some(last),
-                    fragments,
-                });
-            }
-        }
-        self
-    }
 }
 
 /// The audit log with its chain. This process alone writes it.
@@ -137,17 +108,6 @@ const NOTHING: Position = Position {
     hash: chain::Hash::ZERO,
     type_uid: 0,
 };
-
-/// The end of a log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Ending {
-    /// There is no record.
-    Nothing,
-    /// The last record.
-    Record(Record),
-    /// The last line is in a chain, but not as it was written.
-    Altered,
-}
 
 // === impl Places ===
 
@@ -412,6 +372,11 @@ impl Trail {
         Some(self.head.last).filter(|last| last.record > 0)
     }
 
+    /// The last record that a checkpoint covers; 0 for none.
+    pub fn signed(&self) -> u64 {
+        self.head.last.record.saturating_sub(self.unsigned)
+    }
+
     fn note(&mut self, result: Result<(), LogError>) {
         if let Err(error) = result {
             self.trouble = Some(format!("{:#}", anyhow::Error::from(error)));
@@ -531,123 +496,5 @@ impl Trail {
             self.log.remove(&path)?;
         }
         Ok(())
-    }
-}
-
-/// Where to go on, and what is not as it should be.
-fn judge(
-    head: Option<&Head>,
-    ending: &Ending,
-    boot: &str,
-) -> (Option<(String, Position)>, Option<Why>) {
-    let at_head = head.map(|head| (head.chain.clone(), head.last));
-    let (head, record) = match (head, ending) {
-        (None, Ending::Nothing) => return (None, None),
-        (None, Ending::Record(record)) => {
-            let start = (record.chain.clone(), record.position);
-            return (Some(start), Some(Why::HeadMissing));
-        }
-        // A chain of its own, for there is nothing to hang on.
-        (None, Ending::Altered) => return (None, Some(Why::HeadMissing)),
-        (Some(head), Ending::Nothing) => {
-            let why = (head.last.record > 0).then_some(Why::Behind);
-            return (at_head, why);
-        }
-        (Some(_), Ending::Altered) => return (at_head, Some(Why::Differs)),
-        (Some(head), Ending::Record(record)) => (head, record),
-    };
-    let found = record.position;
-    if record.chain != head.chain {
-        return (at_head, Some(Why::Differs));
-    }
-    if found == head.last {
-        return (at_head, None);
-    }
-    let start = (record.chain.clone(), found);
-    if Some(found) == head.next {
-        return (Some(start), None);
-    }
-    // What was not handed to the disk is lost when the machine stops, on either side.
-    let stopped = !boot.is_empty() && boot != head.boot;
-    if found.record > head.last.record {
-        let why = if stopped { Why::PowerLoss } else { Why::Ahead };
-        return (Some(start), Some(why));
-    }
-    if found.record == head.last.record {
-        return (at_head, Some(Why::Differs));
-    }
-    let lost = stopped && found.record >= head.synced;
-    let why = if lost { Why::PowerLoss } else { Why::Behind };
-    (at_head, Some(why))
-}
-
-fn fragments(log: &mut Log) -> Vec<(usize, chain::Hash)> {
-    log.take_fragments()
-        .iter()
-        .map(|fragment| (fragment.len(), chain::hash(fragment)))
-        .collect()
-}
-
-/// The last record of the log whose current file is at `path`: of that file, or of the youngest
-/// one beside it that has any, whoever named it.
-fn ending_of(path: &Path) -> io::Result<Ending> {
-    let ending = last_record(path)?;
-    if ending != Ending::Nothing {
-        return Ok(ending);
-    }
-    let mut others = Vec::new();
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
-        return Ok(ending);
-    };
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let meta = entry.metadata()?;
-        let ours = entry
-            .file_name()
-            .to_str()
-            .is_some_and(|other| other.starts_with(name) && other != name);
-        if ours && meta.is_file() {
-            others.push((meta.modified()?, entry.path()));
-        }
-    }
-    others.sort_unstable();
-    for (_, path) in others.iter().rev() {
-        let ending = last_record(path)?;
-        if ending != Ending::Nothing {
-            return Ok(ending);
-        }
-    }
-    Ok(Ending::Nothing)
-}
-
-/// The last record of the file at `path`. Lines behind it that are no events do not count.
-fn last_record(path: &Path) -> io::Result<Ending> {
-    let mut file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Ending::Nothing),
-        other => other?,
-    };
-    let size = file.metadata()?.len();
-    let mut window = WINDOW;
-    loop {
-        let start = size.saturating_sub(window);
-        file.seek(SeekFrom::Start(start))?;
-        let mut bytes = Vec::new();
-        (&file).take(size - start).read_to_end(&mut bytes)?;
-        let mut lines: Vec<&[u8]> = bytes.split(|&byte| byte == b'\n').collect();
-        // The first piece may be the end of a line.
-        if start > 0 {
-            lines.remove(0);
-        }
-        for line in lines.into_iter().rev() {
-            match chain::read(line) {
-                Ok(record) => return Ok(Ending::Record(record)),
-                Err(Flaw::NoEvent(_) | Flaw::Unchained(_)) => {}
-                Err(Flaw::Form(_) | Flaw::Altered { .. }) => return Ok(Ending::Altered),
-            }
-        }
-        if start == 0 {
-            return Ok(Ending::Nothing);
-        }
-        window = window.saturating_mul(4);
     }
 }

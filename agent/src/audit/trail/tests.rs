@@ -2,8 +2,8 @@
 //! every way we could think of.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::Write as _,
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
     path::PathBuf,
     time::Duration,
 };

@@ -15,6 +15,10 @@ pub struct Reconciled {
     pub entries: u64,
     /// Each difference; empty when there is none.
     pub drift: Vec<Drift>,
+    /// What is as registry and settings want it, and still not as one would expect: a cgroup with
+    /// processes that nobody claims, a last good entry in force.
+    #[serde(default)]
+    pub notices: Vec<Drift>,
     /// What is worth knowing and no difference, such as an agent that has no cgroup yet. A sentence
     /// each.
     pub information: Vec<String>,
@@ -23,9 +27,10 @@ pub struct Reconciled {
 /// One difference between what should be in the kernel and what is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drift {
-    /// `missing`, `extra`, `changed`, `detached`, `foreign_program`, ….
+    /// `missing`, `extra`, `changed`, `detached`, `foreign_program`, `process_outside`,
+    /// `approved_not_enforced`, `enforced_not_approved`; of a notice also `unclaimed_cgroup`.
     pub kind: String,
-    /// What differs: a map and its key, or a hook.
+    /// What differs: a map and its key, a hook, a cgroup, a process, an entry.
     pub what: String,
     /// The agent that it concerns; none where it concerns all.
     pub agent: Option<String>,
@@ -37,6 +42,9 @@ pub struct Drift {
     pub wanted: String,
     /// When it was first seen.
     pub since_ms: UnixMillis,
+    /// What a repair does about it, or somebody has to.
+    #[serde(default)]
+    pub remedy: Option<String>,
     /// Whether it was mended; none where that was not tried.
     pub repaired: Option<bool>,
     /// Why it could not be mended.

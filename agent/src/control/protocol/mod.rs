@@ -8,12 +8,16 @@
 //! | `GET /v1/agents`                 | read   | [`Agents`] |
 //! | `GET /v1/agents/ID`              | read   | [`Agent`] |
 //! | `GET /v1/explain?agent=&addr=&port=&protocol=` ([`Question`]) | read | [`Explain`] |
+//! | `POST /v1/explain` ([`Question`]), which the kernel counts | change | [`Attached`] |
+//! | `GET /v1/guard?cgroup=` ([`GuardQuestion`]) | read | [`Guarded`] |
+//! | `GET /v1/metrics`                | read   | [`Exposition`], as text |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
 //! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
 //! | `POST /v1/agents/ID/suspend` ([`HoldRequest`]) | change | [`Held`] |
 //! | `POST /v1/agents/ID/resume` ([`HoldRequest`])  | change | [`Held`] |
 //! | `POST /v1/agents/ID/revoke` ([`HoldRequest`])  | change | [`Held`] |
+//! | `POST /v1/agents/ID/probe` | change | [`Probed`] |
 //! | `POST /v1/run` ([`RunRequest`])  | change | [`RunGrant`] |
 //! | `GET /v1/self`                   | inside a governed cgroup | [`Myself`] |
 //!
@@ -21,14 +25,20 @@
 //! API fields are added, never renamed or removed; readers ignore what they don't know.
 
 mod drift;
+mod guard;
 mod lifecycle;
+mod metrics;
+mod probe;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 pub use drift::{Drift, DriftSummary, Reconciled};
+pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
+pub use metrics::Exposition;
+pub use probe::{LastProbe, ProbeAttempt, ProbeCounts, ProbeVerdict, Probed};
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";
@@ -60,6 +70,9 @@ pub struct Status {
     /// What comparing registry and kernel came to.
     #[serde(default)]
     pub drift: DriftSummary,
+    /// What probes came to.
+    #[serde(default)]
+    pub probes: ProbeCounts,
     /// Since when the kernel has counted what agents attempted; none where that is not known.
     #[serde(default)]
     pub counted_since_ms: Option<UnixMillis>,
@@ -150,6 +163,9 @@ pub struct AgentStatus {
     /// Who suspended or revoked it, and why; none when only its file says its state.
     #[serde(default)]
     pub hold: Option<HoldInfo>,
+    /// What its last probe came to; none since the daemon started.
+    #[serde(default)]
+    pub last_probe: Option<LastProbe>,
     /// Addresses that names lead it to now, sorted by name; the first of them, if there are many.
     #[serde(default)]
     pub leases: Vec<Lease>,
@@ -299,12 +315,29 @@ pub struct Explain {
     pub hash: String,
     /// Revision that was asked; 0 for the registry on disk.
     pub revision: u64,
+    /// Cgroups that the agent claims now; none where the registry on disk answered.
+    #[serde(default)]
+    pub cgroups: Vec<String>,
     /// What else is worth saying, such as the cause of a fault.
     pub note: Option<String>,
     /// The lease of the address that the answer hangs on, or hung on before it ended. The registry
     /// knows names alone, so it says otherwise.
     #[serde(default)]
     pub lease: Option<Lease>,
+}
+
+/// What the attached egress program did with a packet, run on it from inside the agent's cgroup
+/// (`BPF_PROG_TEST_RUN`). The kernel counts that as an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Whether it lets the packet pass.
+    pub passes: bool,
+    /// The program's id, which is that under the root's link.
+    pub program: u32,
+    /// The agent's cgroup from which it was asked.
+    pub cgroup: String,
+    /// Stands in `unmapped.probe` of the line, if it dropped the packet.
+    pub run: String,
 }
 
 /// A verdict, as an answer.
@@ -399,6 +432,9 @@ pub struct Myself {
     pub expires_ms: Option<UnixMillis>,
     /// The caller's cgroup below the v2 mount; none when it could not be told.
     pub cgroup: Option<String>,
+    /// Whether the fence stands around it and the agent is active.
+    #[serde(default)]
+    pub guard: Option<Guarded>,
     /// Number of the registry state in force.
     pub revision: u64,
     /// `sha256:…` of the entry in force.
@@ -422,6 +458,9 @@ pub struct Denial {
     pub reason: String,
     /// The line for people.
     pub text: String,
+    /// What to do about it, in a sentence that a program or a model can act on.
+    #[serde(default)]
+    pub advice: String,
 }
 
 /// Why a request got no answer.

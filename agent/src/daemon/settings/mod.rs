@@ -82,6 +82,17 @@ pub struct Enforcement {
     pub containment: Containment,
     /// What a registry file that does not compile does to its agent.
     pub on_bad_registry: OnBadRegistry,
+    /// What a probe that fails does to its agent.
+    pub on_probe_fail: OnProbeFail,
+}
+
+/// What a probe that fails does to its agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnProbeFail {
+    /// It is told: in the posture and the audit trail.
+    Report,
+    /// The agent is suspended besides.
+    Deny,
 }
 
 /// What becomes of processes in a root that no agent claims.
@@ -152,6 +163,8 @@ pub struct Log {
     pub per_agent_daily: u64,
     /// Bytes of all rotated files together, of both logs.
     pub max_total: u64,
+    /// How often what agents reached is written down; none is never.
+    pub access: Option<Duration>,
     /// The key that signs the audit trail; none for one of our own in the state directory.
     pub signing_key: Option<PathBuf>,
     /// Patterns of secrets in command lines; none for the built-in ones.
@@ -160,6 +173,8 @@ pub struct Log {
     pub export: Vec<Format>,
     /// Whether events go to the systemd journal as well.
     pub journal: bool,
+    /// The OpenTelemetry collector that events are sent to as well. Only builds that can have it.
+    pub otlp: Option<String>,
 }
 
 /// How often registry and kernel are compared.
@@ -288,6 +303,7 @@ impl Default for Enforcement {
             unregistered: Unregistered::Deny,
             containment: Containment::Auto,
             on_bad_registry: OnBadRegistry::Keep,
+            on_probe_fail: OnProbeFail::Report,
         }
     }
 }
@@ -313,10 +329,12 @@ impl Default for Log {
             per_agent_rate: 200,
             per_agent_daily: 64 << 20,
             max_total: 8 << 30,
+            access: Some(Duration::from_secs(300)),
             signing_key: None,
             mask: None,
             export: Vec::new(),
             journal: false,
+            otlp: None,
         }
     }
 }

@@ -8,7 +8,9 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{CgroupMount, Containment, Mistake, OnBadRegistry, Settings, Unregistered, Upstream};
+use super::{
+    CgroupMount, Containment, Mistake, OnBadRegistry, OnProbeFail, Settings, Unregistered, Upstream,
+};
 use crate::audit::{Mask, encode::Format, span};
 
 /// Reads `text`. The settings are of use only when there are no mistakes; those come in the
@@ -102,6 +104,12 @@ impl<'t> Reader<'t> {
                     &[("keep", OnBadRegistry::Keep), ("deny", OnBadRegistry::Deny)],
                 )
             });
+            t.set("on_probe_fail", &mut e.on_probe_fail, |v| {
+                word(
+                    v,
+                    &[("report", OnProbeFail::Report), ("deny", OnProbeFail::Deny)],
+                )
+            });
             t.finish();
         }
         if let Some(mut t) = root.section("dns") {
@@ -129,6 +137,7 @@ impl<'t> Reader<'t> {
                 size(v, 64 << 10)
             });
             t.set("max_total", &mut s.log.max_total, |v| size(v, 64 << 10));
+            t.set("access", &mut s.log.access, period);
             t.set("mask", &mut s.log.mask, |v| list(v, pattern).map(Some));
             t.set("export", &mut s.log.export, |v| {
                 list(v, |v| {
@@ -136,6 +145,7 @@ impl<'t> Reader<'t> {
                 })
             });
             t.set("journal", &mut s.log.journal, boolean);
+            t.set("otlp", &mut s.log.otlp, |v| off_or(v, collector));
             t.set("signing_key", &mut s.log.signing_key, |v| path(v).map(Some));
             t.finish();
         }
@@ -148,7 +158,7 @@ impl<'t> Reader<'t> {
             t.finish();
         }
         if let Some(mut t) = root.section("metrics") {
-            t.set("listen", &mut s.metrics.listen, |v| off_or(v, address));
+            t.set("listen", &mut s.metrics.listen, |v| off_or(v, loopback));
             t.finish();
         }
         if let Some(mut t) = root.section("limits") {
@@ -397,6 +407,37 @@ fn address(value: &Value<'_>) -> Result<SocketAddr, Fault> {
             "`{text}` must be an address and a port such as \"127.0.0.1:9464\""
         ))
     })
+}
+
+/// Metrics are no secret of the host's, but the network has no business with them.
+fn loopback(value: &Value<'_>) -> Result<SocketAddr, Fault> {
+    let address = address(value)?;
+    if address.ip().to_canonical().is_loopback() {
+        return Ok(address);
+    }
+    Err(Fault {
+        span: None,
+        message: format!("`{address}` is no loopback address"),
+        help: Some(
+            "metrics are served to this host alone: \"127.0.0.1:9464\" or \"[::1]:9464\"; to the \
+             network a proxy can, with whatever protects it there"
+                .to_owned(),
+        ),
+    })
+}
+
+#[cfg(feature = "otlp")]
+fn collector(value: &Value<'_>) -> Result<String, Fault> {
+    let text = text(value)?;
+    match text.parse::<crate::audit::otlp::Collector>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(why) => fault(why),
+    }
+}
+
+#[cfg(not(feature = "otlp"))]
+fn collector(_: &Value<'_>) -> Result<String, Fault> {
+    fault("this build sends nothing to collectors: it was built without the feature `otlp`")
 }
 
 fn upstream(value: &Value<'_>) -> Result<Upstream, Fault> {

@@ -55,8 +55,10 @@ fn the_documented_defaults_are_the_defaults() {
         per_agent_rate = 200
         per_agent_daily = "64MiB"
         max_total = "8GiB"
+        access = "5m"
         export = []
         journal = false
+        otlp = "off"
         [reconcile]
         every = "5s"
         [probe]
@@ -159,6 +161,12 @@ fn values_of_the_wrong_kind_are_refused() {
     refused("[log]\nper_agent_rate = 4294967296", "must not exceed");
     refused("[probe]\nevery = \"never\"", "; or \"off\"");
     refused("[metrics]\nlisten = \":9464\"", "an address and a port");
+    for elsewhere in ["0.0.0.0:9464", "[::]:9464", "192.0.2.1:9464"] {
+        refused(
+            &format!("[metrics]\nlisten = \"{elsewhere}\""),
+            "is no loopback address; or \"off\"",
+        );
+    }
     refused(
         "[enforcement]\nunregistered = \"allow\"",
         "one of \"deny\", \"monitor\"",

@@ -5,6 +5,11 @@ use std::collections::HashMap;
 use super::{ApplyError, Tables, put};
 
 impl Tables {
+    /// The agent that the map gives a cgroup to, read anew.
+    pub fn claimant(&self, cgroup: u64) -> std::io::Result<Option<u32>> {
+        self.claims.get(cgroup)
+    }
+
     /// Makes the attributions equal to `wanted`: cgroup id to agent index. Returns how many
     /// changed.
     pub fn attribute(&mut self, wanted: &HashMap<u64, u32>) -> Result<usize, ApplyError> {

@@ -70,6 +70,43 @@ impl Tables {
         report.drifts
     }
 
+    /// Of one agent its word and row, and the epoch of attribution: read anew, in words; empty when
+    /// all is as it was put there. Its rules are left out, which may be many.
+    pub fn inspect_row(&self, agent: u32) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let Some(installed) = self.in_force.get(&agent) else {
+            return vec!["the agent is not in force".to_owned()];
+        };
+        match self.agents.get(agent).map(Option::unwrap_or_default) {
+            Ok(word) if word == installed.word => {}
+            Ok(word) => wrong.push(format!(
+                "its word is {}, and must be {}",
+                describe_word(word),
+                describe_word(installed.word)
+            )),
+            Err(error) => wrong.push(format!("its word cannot be read: {error}")),
+        }
+        match installed.row.map(|row| self.rows.get(row)) {
+            Some(Ok(Some(row))) if row == installed.content => {}
+            Some(Ok(Some(row))) => wrong.push(format!(
+                "its row is {}, and must be {}",
+                describe_row(&row),
+                describe_row(&installed.content)
+            )),
+            Some(Err(error)) => wrong.push(format!("its row cannot be read: {error}")),
+            Some(Ok(None)) | None => wrong.push("it has no row".to_owned()),
+        }
+        match self.epoch.get(0).map(Option::unwrap_or_default) {
+            Ok(epoch) if epoch == self.epoch_now => {}
+            Ok(epoch) => wrong.push(format!(
+                "the epoch of attribution is {epoch}, and must be {}",
+                self.epoch_now
+            )),
+            Err(error) => wrong.push(format!("the epoch cannot be read: {error}")),
+        }
+        wrong
+    }
+
     /// The agents in force that use each chain.
     pub(super) fn users_of_chains(&self) -> HashMap<u32, Vec<u32>> {
         let mut users: HashMap<u32, Vec<u32>> = HashMap::new();

@@ -122,7 +122,7 @@ impl Tables {
         // Noted first, so that whatever comes of the write is removed again.
         installed.leases.insert(at, Leased { leaf, base });
         match held {
-            Some(held) => self.retired_sets.push((Instant::now(), held.leaf.set)),
+            Some(held) => self.parted.push((Instant::now(), held.leaf.set)),
             None if base.is_none() => self.count(at, 1),
             None => {}
         }
@@ -147,7 +147,7 @@ impl Tables {
             }
         }
         installed.leases.remove(&at);
-        self.retired_sets.push((Instant::now(), held.leaf.set));
+        self.parted.push((Instant::now(), held.leaf.set));
         Ok(())
     }
 

@@ -6,8 +6,10 @@ mod adopt;
 mod claims;
 mod inspect;
 mod leases;
+mod loan;
 mod repair;
 mod stage;
+mod usage;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -34,6 +36,8 @@ use super::{
 use stage::Writes;
 
 pub use inspect::{Spot, SpotKey};
+pub use loan::Loan;
+pub use usage::Usage;
 
 use crate::policy::{UNREGISTERED_ID, tables::Prefix};
 
@@ -105,8 +109,8 @@ pub struct Tables {
     ids: BTreeMap<u32, String>,
     in_force: BTreeMap<u32, Installed>,
     retired: Vec<(Instant, Installed)>,
-    /// Rule sets that leases pointed to.
-    retired_sets: Vec<(Instant, u32)>,
+    /// Rule sets that nothing points to any more, but for programs that are running.
+    parted: Vec<(Instant, u32)>,
     attributed: HashMap<u64, u32>,
     epoch_now: u64,
     sets: RuleSets,
@@ -256,7 +260,7 @@ impl Tables {
             ids: BTreeMap::new(),
             in_force: BTreeMap::new(),
             retired: Vec::new(),
-            retired_sets: Vec::new(),
+            parted: Vec::new(),
             attributed: HashMap::new(),
             epoch_now: 0,
             sets: RuleSets::new(capacity.rule_sets),
@@ -583,10 +587,10 @@ impl Tables {
         for (_, installed) in old {
             self.remove(installed);
         }
-        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.retired_sets)
+        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parted)
             .into_iter()
             .partition(|(at, _)| now.duration_since(*at) > GRACE);
-        self.retired_sets = young;
+        self.parted = young;
         for (_, set) in old {
             self.sets.release(set);
         }

@@ -21,6 +21,13 @@ pub(super) struct Writes {
     rows: Vec<(u32, AgentRow)>,
 }
 
+impl Writes {
+    /// The rules of one exact address.
+    pub(super) fn exact(&mut self, key: ScopeKey, leaf: Leaf) {
+        self.exacts.push((key, leaf));
+    }
+}
+
 /// Writes all of these and reads them back.
 fn put_all<K: Plain + Eq + std::hash::Hash, V: Plain + PartialEq>(
     map: &'static str,

@@ -3,11 +3,15 @@
 //! Lines come in the order of their files. After each finding the check goes on behind it, so that
 //! one edit is one finding.
 
+mod end;
+mod special;
+
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde_json::Value;
 
+use self::special::Special;
 use super::{
     chain::{self, Flaw, Hash, Position, Record},
     checkpoint::Checkpoint,
@@ -219,8 +223,13 @@ impl Verifier {
 
     /// The next line, without its end.
     pub fn line(&mut self, line: &[u8]) {
+        self.read(line, chain::read(line));
+    }
+
+    /// The next line, without its end, and what reading it came to: see [`chain::read`].
+    pub fn read(&mut self, line: &[u8], read: Result<Record, Flaw>) {
         self.line += 1;
-        match chain::read(line) {
+        match read {
             Ok(record) => self.record(&record, line),
             Err(flaw) => self.flaw(flaw, line),
         }
@@ -425,58 +434,6 @@ impl Verifier {
         }
     }
 
-    fn sign_with(&mut self, record: &Record, key: PublicKey) {
-        if !self.pinned.is_empty() && !self.pinned.contains(&key) {
-            let what = format!("it names a key that `--key` does not: {key}");
-            self.finding(Some(record), None, &what);
-        }
-        if record.position.record != 1 {
-            self.finding(Some(record), None, "a chain begins in the midst of one");
-        }
-        self.key = Some(key);
-    }
-
-    fn checkpoint(&mut self, record: &Record, checkpoint: &Checkpoint) {
-        let known = match (self.pinned.is_empty(), self.key) {
-            (false, _) => self.pinned.contains(&checkpoint.key),
-            (true, Some(key)) => key == checkpoint.key,
-            (true, None) => true,
-        };
-        let what = if !known {
-            format!(
-                "the checkpoint is signed by another key, {}",
-                checkpoint.key
-            )
-        } else if !checkpoint.is_signed(&record.chain) {
-            "the checkpoint's signature is wrong".to_owned()
-        } else if record.previous != Some((checkpoint.record, checkpoint.hash)) {
-            "the checkpoint is not of the record before it".to_owned()
-        } else if self
-            .checkpoint
-            .is_some_and(|(number, ..)| number >= checkpoint.number)
-        {
-            "the checkpoint's number is not above that of the one before".to_owned()
-        } else {
-            self.report.checkpoints += 1;
-            self.key = Some(checkpoint.key);
-            self.checkpoint = Some((checkpoint.number, record.position.record, checkpoint.time));
-            return;
-        };
-        self.finding(Some(record), None, &what);
-    }
-
-    fn resumed(&mut self, record: &Record, resumed: &Resumed) {
-        let known: Vec<Hash> = resumed.fragments.iter().map(|(_, hash)| *hash).collect();
-        self.rubbish.retain(|(_, hash, _)| !known.contains(hash));
-        if resumed.is_innocent() {
-            let note = format!("record {}: {}", record.position.record, resumed.message());
-            self.report.notes.push(note);
-        } else {
-            let what = resumed.message();
-            self.finding(Some(record), None, &what);
-        }
-    }
-
     fn flaw(&mut self, flaw: Flaw, line: &[u8]) {
         let begun = self.last.is_some();
         match flaw {
@@ -523,112 +480,6 @@ impl Verifier {
         last.hash = stated.map_or(Hash::ZERO, |stated| stated.position.hash);
     }
 
-    fn complete(&mut self, anchor: &Anchor) -> Complete {
-        let Some(last) = self.last else {
-            if let Anchor::Host { after, .. } = anchor
-                && !matches!(&**after, Seen::Missing)
-                && !matches!(&**after, Seen::Head(head, _) if head.last.record == 0)
-            {
-                self.finding_at_end("there is a head, and no record of the chain is here".into());
-            }
-            return Complete::Nothing;
-        };
-        match anchor {
-            Anchor::None => self.complete_alone(last),
-            Anchor::Hash(hash) => match self.anchored {
-                Some(record) => Complete::Hash {
-                    record,
-                    behind: last.record.saturating_sub(record),
-                },
-                None => {
-                    let what = format!(
-                        "no record has the hash {hash}: the trail was cut or replaced before it"
-                    );
-                    self.finding_at_end(what);
-                    self.complete_alone(last)
-                }
-            },
-            Anchor::Host { before, after, key } => {
-                if let (Some(key), Some(signs)) = (key, self.key)
-                    && *key != signs
-                {
-                    let what = format!("this host signs with {key}, the trail ends with {signs}");
-                    self.finding_at_end(what);
-                }
-                let wrong = match &**after {
-                    Seen::Missing => Some("the head is missing from the state directory".into()),
-                    Seen::Untrusted(why) => Some(why.clone()),
-                    Seen::Head(head, key) => self.at_head(last, before, head, *key),
-                };
-                match wrong {
-                    None => Complete::Head {
-                        record: last.record,
-                    },
-                    Some(what) => {
-                        self.finding_at_end(what);
-                        self.complete_alone(last)
-                    }
-                }
-            }
-        }
-    }
-
-    /// What is wrong with an end at `last`, where the head is `head`.
-    fn at_head(
-        &self,
-        last: Position,
-        before: &Seen,
-        head: &Head,
-        key: PublicKey,
-    ) -> Option<String> {
-        if self.key.is_some_and(|signs| signs != key) {
-            return Some(format!("the head is signed by another key, {key}"));
-        }
-        if self.chain.as_ref() != Some(&head.chain) {
-            return Some(format!("the head is of another chain, {}", head.chain));
-        }
-        if last == head.last || Some(last) == head.next {
-            return None;
-        }
-        let moved = match before {
-            Seen::Head(before, _) => before != head,
-            Seen::Missing | Seen::Untrusted(_) => true,
-        };
-        // The daemon wrote on while this was read: then the end lies between the two heads.
-        if moved && self.passed && last.record < head.last.record {
-            return None;
-        }
-        let (ends, says) = (last.record, head.last.record);
-        Some(match ends.cmp(&says) {
-            std::cmp::Ordering::Less => {
-                format!(
-                    "the log ends with record {ends}, the head says {says}: records are missing"
-                )
-            }
-            std::cmp::Ordering::Equal => format!(
-                "record {ends} is {}, the head says {}: it was replaced",
-                last.hash, head.last.hash
-            ),
-            std::cmp::Ordering::Greater => format!(
-                "the log ends with record {ends}, the head says {says}: records were put in"
-            ),
-        })
-    }
-
-    fn complete_alone(&self, last: Position) -> Complete {
-        match self.checkpoint {
-            Some((number, record, time)) => Complete::Checkpoint {
-                number,
-                record,
-                time,
-                behind: last.record.saturating_sub(record),
-            },
-            None => Complete::Unsigned {
-                record: last.record,
-            },
-        }
-    }
-
     fn finding(&mut self, record: Option<&Record>, sequence: Option<u64>, what: &str) {
         let sequence = record.map(|record| record.sequence).or(sequence);
         let number = record.map(|record| record.position.record);
@@ -669,35 +520,5 @@ impl Verifier {
         let code = *known.iter().find(|code| code.name() == record.code)?;
         let event: Value = serde_json::from_slice(line).unwrap_or_default();
         Some(Special::read(code, &event["unmapped"]).unwrap_or(Special::Broken))
-    }
-}
-
-/// A record of the trail itself.
-enum Special {
-    Begun(PublicKey),
-    Checkpoint(Checkpoint),
-    Removed(u64, Hash),
-    Resumed(Resumed),
-    KeyChanged(PublicKey, PublicKey),
-    Broken,
-}
-
-impl Special {
-    fn read(code: Code, unmapped: &Value) -> Option<Self> {
-        let key = |name: &str| PublicKey::from_hex(unmapped[name].as_str()?);
-        match code {
-            Code::TrailBegun => key("key").map(Self::Begun),
-            Code::TrailCheckpoint => {
-                Checkpoint::from_value(&unmapped["checkpoint"]).map(Self::Checkpoint)
-            }
-            Code::TrailRemoved => {
-                let through = &unmapped["through"];
-                let hash = through["hash"].as_str()?.parse().ok()?;
-                Some(Self::Removed(through["record"].as_u64()?, hash))
-            }
-            Code::TrailResumed => Resumed::from_value(unmapped).map(Self::Resumed),
-            Code::TrailKeyChanged => Some(Self::KeyChanged(key("from")?, key("to")?)),
-            _ => None,
-        }
     }
 }

@@ -1,0 +1,97 @@
+//! Processes that connect and are gone within a millisecond.
+
+use std::collections::HashSet;
+
+use anyhow::Result;
+
+use super::reader::all_lines;
+use crate::{
+    actor::Op,
+    harness::Case,
+    support::{
+        Agent, Family, Fixture,
+        daemon::Settings,
+        eventually, expect,
+        network::{OUT_V4, OUT_V6},
+        scale,
+    },
+};
+
+const PROCESSES: u32 = 10_000;
+
+/// All cases here.
+pub fn cases() -> Vec<Case> {
+    vec![Case::new(
+        "evidence::a_process_that_is_gone_at_once_is_named",
+        |ctx| {
+            let settings = Settings {
+                more: "[log]\nper_agent_rate = 1000000\nper_agent_daily = \"1GiB\"\n".to_owned(),
+                ..Settings::default()
+            };
+            let fx = Fixture::start_with(ctx, &[Agent::standard("alpha")], &settings)?;
+            let mut actor = fx.actor("alpha")?;
+            let count = if scale::emulated() && !scale::full() {
+                PROCESSES / 50
+            } else {
+                PROCESSES
+            };
+            let reply = actor.ask(&Op::Brief {
+                addr: Family::V4.pick(OUT_V4, OUT_V6, 443)?,
+                count,
+            })?;
+            expect("processes that were refused", reply.value, i64::from(count))?;
+            let mut lives: Vec<u64> = reply
+                .replies
+                .iter()
+                .map(|life| u64::try_from(life.value).unwrap_or_default())
+                .collect();
+            let brief = lives.iter().filter(|nanos| **nanos < 1_000_000).count();
+            let text = scale::percentiles(&mut lives);
+            eventually(12, || {
+                expect("attempts in the log", told(&fx)?.attempts, u64::from(count))
+            })?;
+            let told = told(&fx)?;
+            expect("attempts without a process", told.nameless, 0)?;
+            expect("processes by name and number", told.named, u64::from(count))?;
+            println!(
+                "{} of {count} processes that lived {text} ({brief} under 1 ms) named by the kernel: \
+             number, name, user; path of the program for {} of them, for that is read in /proc \
+             while the process lives",
+                told.named, told.with_path
+            );
+            Ok(())
+        },
+    )]
+}
+
+/// What the log says of them.
+#[derive(Default)]
+struct Told {
+    attempts: u64,
+    named: u64,
+    nameless: u64,
+    with_path: u64,
+}
+
+fn told(fx: &Fixture) -> Result<Told> {
+    let mut told = Told::default();
+    let mut seen = HashSet::new();
+    for line in all_lines(&fx.place().at("log"), "violations.jsonl")? {
+        let event: serde_json::Value = serde_json::from_str(&line)?;
+        let process = &event["actor"]["process"];
+        let count = event["count"].as_u64().unwrap_or(1);
+        told.attempts += count;
+        let pid = process["pid"].as_u64().unwrap_or_default();
+        let name = process["name"].as_str().unwrap_or_default();
+        // Each gave itself a name that says its number, so that a name cannot be another's.
+        if pid != 0 && name == format!("brief-{pid}") {
+            if seen.insert(pid) {
+                told.named += 1;
+                told.with_path += u64::from(process["file"]["path"].is_string());
+            }
+        } else {
+            told.nameless += count;
+        }
+    }
+    Ok(told)
+}

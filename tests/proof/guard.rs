@@ -1,0 +1,90 @@
+//! `remit guard` and `remit status --require`: what unit files and scripts go by.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    harness::Case,
+    support::{
+        Agent, Cgroup, Ctx, Fixture, claim,
+        daemon::Settings,
+        expect,
+        remit::{self, Output},
+        tamper::{Pins, detach},
+    },
+};
+
+/// All cases here.
+pub fn cases() -> Vec<Case> {
+    vec![Case::new("proof::guard_lets_nothing_start_unfenced", guard)]
+}
+
+/// `remit ARGS` by a process inside `cgroup`, as systemd starts an ExecStartPre.
+fn inside(fx: &Fixture, cgroup: &Cgroup, args: &[&str]) -> Result<Output> {
+    let script = "echo 0 > \"$0/cgroup.procs\" && exec \"$@\"";
+    let mut command = Command::new("/bin/sh");
+    command
+        .env("REMIT_CONFIG", fx.place().config())
+        .args(["-c", script])
+        .arg(cgroup.path())
+        .arg(remit::binary()?)
+        .args(args);
+    remit::output(&mut command)
+}
+
+fn guard(ctx: &mut Ctx) -> Result<()> {
+    let settings = Settings {
+        more: "[reconcile]\nevery = \"1h\"\n".to_owned(),
+        ..Settings::default()
+    };
+    let agents = [
+        Agent::standard("alpha"),
+        Agent::standard("draft").state("draft"),
+    ];
+    let mut fx = Fixture::start_with(ctx, &agents, &settings)?;
+    let path = |id: &str| format!("{}/{id}.service", ctx.root());
+    let outside = |fx: &Fixture, id: &str| fx.place().remit(&["guard", "--cgroup", &path(id)]);
+    let said = outside(&fx, "alpha")?;
+    expect("active and fenced", said.code, 0).with_context(|| said.stderr)?;
+    let said = outside(&fx, "draft")?;
+    expect("a draft", said.code, 1)?;
+    claim(said.stderr.contains("the agent is draft"), || said.stderr)?;
+    let said = fx.place().remit(&["guard", "--cgroup", "/"])?;
+    expect("outside every root", said.code, 1)?;
+    claim(said.stderr.contains("below no root"), || said.stderr)?;
+
+    let alpha = fx.cgroup("alpha")?;
+    let unit = ["guard", "--unit", "alpha.service"];
+    let said = inside(&fx, alpha, &unit)?;
+    expect("from inside, by the unit's name", said.code, 0).with_context(|| said.stderr)?;
+    let draft = path("draft");
+    let said = inside(&fx, alpha, &["guard", "--cgroup", &draft])?;
+    expect("of somebody else, from inside", said.code, 3)?;
+    let said = fx.place().remit(&["guard", "--unit", "no-such.service"])?;
+    expect("no such unit", said.code, 1)?;
+
+    expect(
+        "all is well",
+        fx.place()
+            .remit(&["status", "--require", "enforcing"])?
+            .code,
+        0,
+    )?;
+    let pins = Pins::below(&fx.place().at("bpf"));
+    detach(&pins.link("remit_connect6")?)?;
+    let said = inside(&fx, fx.cgroup("alpha")?, &unit)?;
+    expect("a hook is gone", said.code, 1)?;
+    claim(said.stderr.contains("cgroup/connect6"), || said.stderr)?;
+    let said = fx.place().remit(&["status", "--require", "degraded"])?;
+    expect("not even degraded", said.code, 1)?;
+    claim(said.stderr.contains("not_enforcing"), || said.stderr)?;
+
+    fx.daemon.kill()?;
+    let said = fx.place().remit(&["status", "--require", "enforcing"])?;
+    expect("without a daemon it cannot be told", said.code, 3)?;
+    // It waits for one that restarts.
+    let said = inside(&fx, fx.cgroup("alpha")?, &unit)?;
+    expect("and nothing starts", said.code, 3)?;
+    Ok(())
+}
