@@ -14,6 +14,7 @@ mod daemon;
 mod evidence;
 mod harness;
 mod kernel;
+mod names;
 mod never_open;
 mod proof;
 mod support;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let result = match args.as_slice() {
         ["actor"] => actor::serve(),
         ["probe", orders] => actor::probe(orders),
+        ["zone", spec] => names::zone::serve(spec),
         ["generate", plan] => actor::traffic::generator::serve(plan),
         ["listen", spots] => actor::traffic::ear::serve(spots),
         ["daemon-with", object] => daemon::faults::daemon_with(object),
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
 fn cases() -> Vec<harness::Case> {
     let mut cases = harness::faulty::cases();
     cases.extend(kernel::cases());
+    cases.extend(names::cases());
     cases.extend(bypass::cases());
     cases.extend(daemon::cases());
     cases.extend(evidence::cases());

@@ -50,6 +50,7 @@ static AGENT: LazyLock<AgentTables> = LazyLock::new(|| {
 fn guard() -> Guard {
     Guard::new(Limits {
         min_lease: 60_000_000_000,
+        max_lease: 3_600_000_000_000,
         budget: Limit { names: 100 },
         bounds: Bounds {
             per_name: PER_NAME,

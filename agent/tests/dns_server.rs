@@ -213,6 +213,7 @@ fn scene(sources: Vec<Source>, whose: Whose, writes: Writes) -> Scene {
         sources,
         limits: Limits {
             min_lease: 60_000_000_000,
+            max_lease: 3_600_000_000_000,
             budget: Limit { names: 1_000 },
             bounds: Bounds {
                 per_name: 64,

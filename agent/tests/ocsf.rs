@@ -16,9 +16,9 @@ use std::{
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 use remit::audit::{
     Actor, Change, ClockAccepted, ClockBehind, ClockStepped, Code, Damaged, Decided, Decision,
-    Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lost, Mending,
-    Parent, ProbeResult, ProbeRun, ProcessInfo, Reached, Refenced, Subject, Succession, Tables,
-    Violation,
+    Difference, Drifted, Dropped, Endpoint, EntryRef, FenceLifted, Host, Lifecycle, Lookup, Lost,
+    Mending, Parent, ProbeResult, ProbeRun, ProcessInfo, Reached, Refenced, Subject, Succession,
+    Tables, Violation,
     encode::{ecs, ocsf18},
     human,
     trail::{
@@ -110,6 +110,48 @@ fn monitored() -> Violation {
         }),
         count: 1,
         ..denied()
+    }
+}
+
+fn refused() -> Lookup {
+    Lookup {
+        time: 1_795_544_573_000,
+        agent: agent(),
+        verdict: Verdict::Denied,
+        reason: Reason::NameNotInScope,
+        name: "paste.example.net".to_owned(),
+        kind: "A".to_owned(),
+        why: "name",
+        text: "agent billing-recon may not resolve paste.example.net; ask alice@example.com"
+            .to_owned(),
+        resolver: endpoint([192, 0, 2, 53], Some(53)),
+        src: Endpoint {
+            ip: [127, 0, 0, 1].into(),
+            port: Some(48_122),
+        },
+        protocol: 17,
+        process: denied().process,
+        cgroup_id: 7_421,
+        cgroup: denied().cgroup,
+        entry: None,
+        revision: 12,
+        count: 3,
+    }
+}
+
+fn looked_up() -> Lookup {
+    Lookup {
+        verdict: Verdict::Monitored,
+        reason: Reason::Denied,
+        protocol: 6,
+        entry: Some(EntryRef {
+            name: "scope.deny[0]".to_owned(),
+            text: "*.example.net any".to_owned(),
+            file: "/etc/remit/agents.d/billing-recon.toml".to_owned(),
+            line: 31,
+        }),
+        count: 1,
+        ..refused()
     }
 }
 
@@ -217,6 +259,8 @@ fn example(code: Code) -> Value {
         Code::Monitored => monitored().to_ocsf(&host(), 48_214),
         Code::Reached => reached().to_ocsf(&host(), 3_107),
         Code::Dropped => dropped().to_ocsf(&host(), 48_215),
+        Code::LookupRefused => refused().to_ocsf(&host(), 48_216),
+        Code::LookupMonitored => looked_up().to_ocsf(&host(), 48_217),
         Code::RegistryLoaded => decided(Decision::Loaded {
             revision: 12,
             agents: 41,
@@ -738,6 +782,7 @@ fn captions_agree_with_their_ids() {
         (4001, 1, "Open"),
         (4001, 5, "Refuse"),
         (4001, 6, "Traffic"),
+        (4003, 1, "Query"),
         (5019, 1, "Log"),
         (6002, 3, "Start"),
         (6002, 4, "Stop"),
@@ -751,6 +796,7 @@ fn captions_agree_with_their_ids() {
         (2004, "Detection Finding", 2, "Findings"),
         (3004, "Entity Management", 3, "Identity & Access Management"),
         (4001, "Network Activity", 4, "Network Activity"),
+        (4003, "DNS Activity", 4, "Network Activity"),
         (5019, "Device Config State Change", 5, "Discovery"),
         (6002, "Application Lifecycle", 6, "Application Activity"),
     ];

@@ -21,10 +21,12 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 mod brief;
+pub mod lookup;
 pub mod socket;
 pub mod traffic;
 pub mod uring;
 
+use lookup::Manner;
 use socket::Socket;
 
 use crate::support::netlink::{LO, add_address, link_up};
@@ -78,6 +80,28 @@ pub enum Op {
     },
     /// Receives.
     Recv { id: usize, timeout_ms: u64 },
+    /// Asks a resolver; the value is the answer's code.
+    Lookup {
+        domain: i32,
+        manner: Manner,
+        via: SocketAddr,
+        question: Vec<u8>,
+        timeout_ms: u64,
+    },
+    /// Looks names up and connects to each at once; the value is how many went well.
+    LookupMany {
+        via: SocketAddr,
+        names: Vec<String>,
+        port: u16,
+    },
+    /// Looks one name up without pause; the value is how often.
+    LookupRate {
+        via: SocketAddr,
+        name: String,
+        millis: u64,
+    },
+    /// Asks the C library for a host's address.
+    GetAddrInfo { host: String },
     /// Where it is bound.
     LocalAddr { id: usize },
     /// Sends a frame on a packet socket, out of a device.
@@ -250,6 +274,18 @@ impl Actor {
                     ..Reply::default()
                 })
             }
+            Op::Lookup {
+                domain,
+                manner,
+                via,
+                question,
+                timeout_ms,
+            } => lookup::one(*domain, *manner, *via, question, *timeout_ms),
+            Op::LookupMany { via, names, port } => Ok(lookup::many(*via, names, *port)),
+            Op::LookupRate { via, name, millis } => {
+                lookup::rate(*via, name, Duration::from_millis(*millis))
+            }
+            Op::GetAddrInfo { host } => lookup::by_libc(host),
             Op::LocalAddr { id } => Ok(Reply {
                 addr: Some(self.socket(*id)?.local_addr()?),
                 ..Reply::default()

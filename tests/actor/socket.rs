@@ -14,8 +14,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
         AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-        SockaddrLike as _, SockaddrStorage, UnixAddr, accept4, bind, connect, getsockname, listen,
-        recv, recvmsg, sendto, socket, sockopt::SocketError,
+        SockaddrLike as _, SockaddrStorage, UnixAddr, accept4, bind, connect, getpeername,
+        getsockname, listen, recv, recvfrom, recvmsg, sendto, socket, sockopt::SocketError,
     },
 };
 
@@ -160,14 +160,26 @@ impl Socket {
         Ok(buffer)
     }
 
+    /// recvfrom(2) with a deadline.
+    pub fn recv_from(&self, timeout_ms: u64) -> nix::Result<(Vec<u8>, SocketAddr)> {
+        self.wait_for(PollFlags::POLLIN, timeout_ms)?;
+        let mut buffer = vec![0; 65_536];
+        let (length, from) = recvfrom::<SockaddrStorage>(self.fd(), &mut buffer)?;
+        buffer.truncate(length);
+        let from = from.as_ref().and_then(inet).ok_or(Errno::EAFNOSUPPORT)?;
+        Ok((buffer, from))
+    }
+
+    /// getpeername(2).
+    pub fn peer_addr(&self) -> nix::Result<SocketAddr> {
+        let name: SockaddrStorage = getpeername(self.fd())?;
+        inet(&name).ok_or(Errno::EAFNOSUPPORT)
+    }
+
     /// getsockname(2).
     pub fn local_addr(&self) -> nix::Result<SocketAddr> {
         let name: SockaddrStorage = getsockname(self.fd())?;
-        if let Some(v4) = name.as_sockaddr_in() {
-            return Ok(SocketAddrV4::new(v4.ip(), v4.port()).into());
-        }
-        let v6 = name.as_sockaddr_in6().ok_or(Errno::EAFNOSUPPORT)?;
-        Ok(SocketAddrV6::new(v6.ip(), v6.port(), 0, 0).into())
+        inet(&name).ok_or(Errno::EAFNOSUPPORT)
     }
 
     /// sendto(2) on a packet socket (SOCK_DGRAM): the kernel writes the link header.
@@ -236,6 +248,15 @@ impl Socket {
             }
         }
     }
+}
+
+/// An internet address.
+fn inet(name: &SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = name.as_sockaddr_in() {
+        return Some(SocketAddrV4::new(v4.ip(), v4.port()).into());
+    }
+    let v6 = name.as_sockaddr_in6()?;
+    Some(SocketAddrV6::new(v6.ip(), v6.port(), 0, 0).into())
 }
 
 fn domain_of(fd: &OwnedFd) -> nix::Result<i32> {

@@ -318,6 +318,8 @@ fn images() -> Vec<Image> {
         },
         reach,
         serve: Vec::new(),
+        leases: Vec::new(),
+        fresh: false,
     };
     let at = |octets, len| Prefix {
         addr: Addr::v4(octets),

@@ -29,6 +29,8 @@ pub struct Settings {
     pub unregistered: &'static str,
     /// `enforcement.on_bad_registry`.
     pub on_bad_registry: &'static str,
+    /// The inside of `[dns]`.
+    pub dns: String,
     /// More keys of `[enforcement]`.
     pub enforcement: &'static str,
     /// More TOML.
@@ -40,6 +42,7 @@ impl Default for Settings {
         Self {
             unregistered: "deny",
             on_bad_registry: "keep",
+            dns: "enabled = false\n".to_owned(),
             enforcement: "",
             more: String::new(),
         }
@@ -88,11 +91,12 @@ impl Place {
              floor = \"{at}/floor.toml\"\nrun = \"{at}/run\"\nlog = \"{at}/log\"\n\
              state = \"{at}/state\"\nbpffs = \"{at}/bpf\"\n\
              [enforcement]\nroots = [\"{}\"]\nunregistered = \"{}\"\ncontainment = \"off\"\n\
-             on_bad_registry = \"{}\"\n{}[dns]\nenabled = false\n{}",
+             on_bad_registry = \"{}\"\n{}[dns]\n{}{}",
             place.root,
             settings.unregistered,
             settings.on_bad_registry,
             settings.enforcement,
+            settings.dns,
             settings.more
         );
         fs::write(place.config(), text)?;

@@ -1,6 +1,7 @@
 //! The contract between the kernel programs and the daemon.
 
 mod addr;
+mod dns;
 mod event;
 mod key;
 mod limit;
@@ -8,6 +9,7 @@ mod row;
 mod word;
 
 pub use addr::Addr;
+pub use dns::*;
 pub use event::*;
 pub use key::*;
 pub use limit::*;
@@ -67,6 +69,7 @@ pub const FINGERPRINT: u64 = {
         size_of::<Rule>(),
         core::mem::offset_of!(Rule, entry),
         core::mem::offset_of!(Rule, effect),
+        core::mem::offset_of!(Rule, tail),
         size_of::<Leaf>(),
         size_of::<RuleSet>(),
         size_of::<AgentRow>(),
@@ -87,6 +90,12 @@ pub const FINGERPRINT: u64 = {
         core::mem::offset_of!(Event, comm),
         size_of::<Question>(),
         size_of::<Answer>(),
+        size_of::<EndpointKey>(),
+        size_of::<Endpoint>(),
+        size_of::<Guardian>(),
+        size_of::<Asked>(),
+        size_of::<Asker>(),
+        core::mem::offset_of!(Asked, agent),
         REASONS,
         RULES_PER_SET,
     ];

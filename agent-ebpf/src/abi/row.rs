@@ -19,8 +19,12 @@ shared! {
         pub class: u8,
         /// An [`super::Effect`].
         pub effect: u8,
+        /// [`RULE_LEASED`].
+        pub flags: u8,
         /// Zero.
-        pub pad: [u8; 6],
+        pub pad: u8,
+        /// Seconds by which an open TCP connection may outlive a lease's deadline.
+        pub tail: u32,
     }
 
     /// Value of `exacts` and `prefixes`: what is said of an address.
@@ -59,7 +63,7 @@ shared! {
         pub loopback: u8,
         /// [`SOCKETS_ICMP`] and [`SOCKETS_ANY`].
         pub sockets: u8,
-        /// [`FLAG_SERVES`].
+        /// [`FLAG_SERVES`] and [`FLAG_NAMES`].
         pub flags: u8,
         /// Zero.
         pub pad: [u8; 3],
@@ -226,6 +230,10 @@ pub const SOCKETS_ICMP: u8 = 1;
 pub const SOCKETS_ANY: u8 = 2;
 /// [`AgentRow::flags`]: the scope has clients to answer.
 pub const FLAG_SERVES: u8 = 1;
+/// [`AgentRow::flags`]: the scope uses names, so lookups go to the DNS guard.
+pub const FLAG_NAMES: u8 = 2;
+/// [`Rule::flags`]: a lease, which an answer of the DNS guard made.
+pub const RULE_LEASED: u8 = 1;
 
 impl Rule {
     /// Fills the slots of a block that are not in use: its interval is empty, so it never matches.
@@ -236,7 +244,9 @@ impl Rule {
         high: 0,
         class: 0,
         effect: 0,
-        pad: [0; 6],
+        flags: 0,
+        pad: 0,
+        tail: 0,
     };
 }
 

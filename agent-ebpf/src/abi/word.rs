@@ -74,6 +74,10 @@ words! {
         Egress = 3 "cgroup_skb/egress",
         /// `cgroup/sock_create`.
         SockCreate = 4 "cgroup/sock_create",
+        /// `cgroup/sendmsg4`.
+        SendMsg4 = 5 "cgroup/sendmsg4",
+        /// `cgroup/sendmsg6`.
+        SendMsg6 = 6 "cgroup/sendmsg6",
     }
 
     /// What came of an attempt, in events.
@@ -166,6 +170,9 @@ words! {
         ExtensionHeaders = 6 "extension_headers",
         /// A later fragment, which has no ports.
         Fragment = 7 "fragment",
+        /// No socket of the DNS guard takes questions of this agent in this network namespace:
+        /// the daemon is down, or has not been there yet.
+        NoGuard = 8 "no_guard",
     }
 }
 

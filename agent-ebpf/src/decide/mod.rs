@@ -18,21 +18,25 @@
 //! | 9 | egress, a served port and client, not a TCP opening  | allow, not cached                |
 //! | 10| loopback: mode any; or own, and the peer is the agent's (or gone, for the tail of a TCP connection) | allow, not cached |
 //! | 11| loopback otherwise                                   | deny `loopback_foreign`          |
-//! | 12| rule is allow, past its deadline                     | deny `expired`                   |
+//! | 12| rule is allow, past its deadline                     | deny `expired`, or `lease_expired` |
 //! | 13| the pseudo-agent                                     | deny `unregistered`              |
 //! | 14| otherwise                                            | deny `out_of_scope`              |
 //!
-//! Monitor mode turns `out_of_scope` and `denied` (and `unregistered`, of the pseudo-agent) into
-//! [`Decision::Monitor`]; nothing else.
+//! A lease lets an open TCP connection outlive it by its rule's `tail`; that is never cached, for
+//! the cache knows no flags.
+//!
+//! Monitor mode turns `out_of_scope`, `denied` and `lease_expired` (and `unregistered`, of the
+//! pseudo-agent) into [`Decision::Monitor`]; nothing else.
 
 pub mod packet;
 pub mod socket;
 
-use crate::verifier::{hide, hide8, hide32, opaque};
+use crate::verifier::{hide, hide32, opaque};
 
 use crate::abi::{
     Addr, AgentRow, Cause, Class, Effect, FLAG_SERVES, Hook, INHERITED, LOOPBACK_ENTRY, Leaf,
-    Loopback, Mode, NO_ENTRY, RULES_PER_SET, Reason, Rule, RuleSet, SERVE, SETS_PER_ADDRESS, State,
+    Loopback, Mode, NO_ENTRY, RULE_LEASED, RULES_PER_SET, Reason, Rule, RuleSet, SERVE,
+    SETS_PER_ADDRESS, State,
 };
 
 /// What is asked.
@@ -111,8 +115,26 @@ pub enum Decision {
 struct Found {
     deadline: u64,
     entry: u32,
-    /// An [`Effect`], or one of the constants below.
-    effect: u8,
+    /// The rest in one word, for the sake of the stack: an [`Effect`] or one of the constants below,
+    /// then [`crate::abi::Rule::flags`], and in the upper half [`crate::abi::Rule::tail`].
+    rest: u64,
+}
+
+impl Found {
+    #[inline(always)]
+    const fn effect(&self) -> u8 {
+        self.rest as u8
+    }
+
+    #[inline(always)]
+    const fn flags(&self) -> u8 {
+        (self.rest >> 8) as u8
+    }
+
+    #[inline(always)]
+    const fn tail(&self) -> u64 {
+        self.rest >> 32
+    }
 }
 
 const IPPROTO_TCP: u8 = 6;
@@ -152,7 +174,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     let mut found = Found {
         deadline: 0,
         entry: NO_ENTRY,
-        effect: NOTHING,
+        rest: NOTHING as u64,
     };
     let mut inner = attempt.addr;
     if embedded(&attempt.addr, &mut inner) != 0 {
@@ -163,21 +185,22 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
             asked(class, attempt.port),
             &mut found,
         );
-        if found.effect == BROKEN {
+        if found.effect() == BROKEN {
             return Decision::Fault(Cause::NoRuleSet);
         }
-        if found.effect == Effect::Floor as u8 {
+        if found.effect() == Effect::Floor as u8 {
             return Decision::Deny {
                 reason: Reason::Floor,
                 entry: found.entry,
             };
         }
-        if found.effect == Effect::Deny as u8 {
+        if found.effect() == Effect::Deny as u8 {
             return lift(row, Reason::Denied, found.entry);
         }
     }
 
     let mut expired = NO_ENTRY;
+    let mut leased = 0;
     let _ = find(
         rules,
         row.policy,
@@ -185,7 +208,7 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         asked(class, attempt.port),
         &mut found,
     );
-    match (found.effect, Effect::from_byte(found.effect)) {
+    match (found.effect(), Effect::from_byte(found.effect())) {
         (NOTHING, _) => {}
         (_, Some(Effect::Floor)) => {
             return Decision::Deny {
@@ -208,6 +231,13 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
                 };
             }
             expired = found.entry;
+            leased = found.flags() & RULE_LEASED;
+            if leased != 0
+                && goes_on(attempt)
+                && attempt.now - found.deadline < found.tail() * 1_000_000_000
+            {
+                return now(found.entry);
+            }
         }
         (_, None) => return Decision::Fault(Cause::NoRuleSet),
     }
@@ -218,10 +248,10 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
     {
         let asked = asked(class, attempt.local_port);
         let _ = find(rules, row.policy | SERVE, &attempt.addr, asked, &mut found);
-        if found.effect == BROKEN {
+        if found.effect() == BROKEN {
             return Decision::Fault(Cause::NoRuleSet);
         }
-        if found.effect == Effect::Allow as u8 {
+        if found.effect() == Effect::Allow as u8 {
             return now(found.entry);
         }
     }
@@ -240,6 +270,9 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
         return deny(Reason::LoopbackForeign);
     }
     if expired != NO_ENTRY {
+        if leased != 0 {
+            return lift(row, Reason::LeaseExpired, expired);
+        }
         return Decision::Deny {
             reason: Reason::Expired,
             entry: expired,
@@ -256,6 +289,12 @@ pub fn decide<R: Rules>(rules: &R, row: &AgentRow, attempt: &Attempt) -> Decisio
 /// nobody listens, since nothing there is the agent's own.
 #[inline(always)]
 const fn is_tail(attempt: &Attempt) -> bool {
+    goes_on(attempt)
+}
+
+/// Whether an attempt is a packet of a TCP connection that was opened before.
+#[inline(always)]
+const fn goes_on(attempt: &Attempt) -> bool {
     matches!(attempt.hook, Hook::Egress)
         && attempt.protocol == IPPROTO_TCP
         && attempt.tcp_flags & (SYN | ACK) != SYN
@@ -318,9 +357,9 @@ const fn asked(class: u8, port: u16) -> u64 {
 /// stack in the register for it, which Linux 6.1 refuses.
 #[inline(never)]
 fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Found) -> u32 {
-    let (mut effect, mut entry, mut deadline) = (NOTHING, NO_ENTRY, 0);
+    let (mut rest, mut entry, mut deadline) = (NOTHING as u64, NO_ENTRY, 0);
     if let Some(leaf) = rules.rule_set_for(space, addr) {
-        effect = BROKEN;
+        rest = BROKEN as u64;
         let mut index = leaf.set;
         for _ in 0..SETS_PER_ADDRESS {
             let Some(set) = rules.rule_set(index) else {
@@ -338,22 +377,23 @@ fn find<R: Rules>(rules: &R, space: u64, addr: &Addr, asked: u64, found: &mut Fo
                 // 6.1 cannot follow the arithmetic that bounds the number.
                 let at = opaque(bit_number(hit)) & (RULES_PER_SET - 1);
                 let rule = &set.rules[at];
-                (effect, entry, deadline) = (rule.effect, rule.entry, rule.deadline);
+                (entry, deadline) = (rule.entry, rule.deadline);
+                rest = rule.effect as u64 | (rule.flags as u64) << 8 | (rule.tail as u64) << 32;
                 if entry == INHERITED {
                     entry = leaf.entry;
                 }
                 break;
             }
             if set.next == 0 {
-                effect = NOTHING;
+                rest = NOTHING as u64;
                 break;
             }
             index = hide32(set.next - 1);
         }
     }
-    found.effect = hide8(effect);
     found.entry = hide32(entry);
     found.deadline = hide(deadline);
+    found.rest = hide(rest);
     hide32(0)
 }
 

@@ -2,7 +2,7 @@
 //! exists; at egress a refused TCP opening would only hang.
 
 use agent_ebpf::{
-    abi::{Addr, Cause, Hook, Reason, UNREGISTERED, Verdict, Witness},
+    abi::{Addr, Cause, DNS_PORT, Hook, Reason, UNREGISTERED, Verdict, Witness},
     decide::Attempt,
     verifier::{hide_addr, hide8, hide16, hide32},
 };
@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    access, cache,
+    access, cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables},
@@ -73,6 +73,15 @@ fn judge(ctx: &SockAddrContext, addr: Addr, hook: Hook) -> i32 {
         emit::allowed(hit.agent);
         return PASS;
     }
+    if port == DNS_PORT {
+        match dns::look_up(ctx, &addr, hook) {
+            dns::ELSEWHERE => {}
+            dns::UNGUARDED => return REFUSE,
+            _ => return PASS,
+        }
+    }
+    // Here it would be known to be 53, or not to be, and all that follows be verified twice.
+    let port = hide16(port);
     slowly(ctx, addr, port, protocol, hook, cgroup)
 }
 
@@ -185,6 +194,7 @@ fn ask(ctx: &SockAddrContext, attempt: &mut Attempt, who: &mut Who, ruling: &mut
         },
     };
     rule(&tables, row, attempt, ruling);
+    let _ = dns::spare(ctx, row, attempt, ruling);
     let basis = cache::Basis {
         agent: who.agent,
         leases,

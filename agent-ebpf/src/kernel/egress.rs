@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 
 use super::{
-    access, cache,
+    access, cache, dns,
     emit::{self, Naming},
     identity,
     maps::{self, Tables, skb_current},
@@ -152,6 +152,9 @@ fn slowly(ctx: &SkBuffContext, cgroup: u64, packet: &mut Packet, cause: u32) -> 
     };
     let mut ruling = Ruling::fault(Cause::NoRow);
     if cause == 0 {
+        if dns::carries(ctx, packet) != 0 {
+            return PASS;
+        }
         judge(ctx, packet, &mut who, &mut ruling);
     } else {
         ruling.cause = cause as u8;
@@ -200,6 +203,7 @@ fn judge(ctx: &SkBuffContext, packet: &Packet, who: &mut Who, ruling: &mut Rulin
         source: &packet.source,
     };
     rule(&Tables { peer }, row, &attempt, ruling);
+    let _ = dns::spare_packet(ctx, row, &attempt, &packet.source, ruling);
 }
 
 /// Remembers an allow.

@@ -5,9 +5,10 @@ use core::ffi::c_void;
 
 use agent_ebpf::{
     abi::{
-        ACCESS_ENTRIES, Access, AccessKey, Addr, AgentName, AgentRow, Answer, Budget, CACHE_PLACES,
-        Counters, FOLD_SLOTS, Fold, HOMES, Home, Leaf, OWNERS, Owner, Question, RING_BYTES,
-        ROW_INDEX_BITS, RuleSet, SPACE_BITS, ScopeKey, Slots, Tag,
+        ACCESS_ENTRIES, ASKERS, Access, AccessKey, Addr, AgentName, AgentRow, Answer, Asked, Asker,
+        Budget, CACHE_PLACES, Counters, Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES,
+        Home, Leaf, OWNERS, Owner, Question, RING_BYTES, ROW_INDEX_BITS, RuleSet, SPACE_BITS,
+        ScopeKey, Slots, Tag,
     },
     decide::{Attempt, Peer, Rules},
 };
@@ -15,7 +16,7 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 
 /// Cgroup id to agent. Written by the daemon as cgroups come and go; set at load.
@@ -93,6 +94,24 @@ pub static OWNERS_MAP: Array<Owner> = Array::with_max_entries(OWNERS, 0);
 /// Agent of each bound socket, for `loopback = "own"`.
 #[btf_map(name = "tags")]
 pub static TAGS: SkStorage<Tag> = SkStorage::new();
+
+/// Where the DNS guard listens for each agent in each network namespace. Written by the daemon;
+/// sized as `claims` is. Set at load.
+#[map(name = "endpoints")]
+pub static ENDPOINTS: HashMap<EndpointKey, Endpoint> =
+    HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+
+/// Which sockets are the DNS guard's own; only the daemon writes.
+#[btf_map(name = "guards")]
+pub static GUARDS: SkStorage<Guardian> = SkStorage::new();
+
+/// Which resolver each socket asked whose questions were turned to the guard.
+#[btf_map(name = "asked")]
+pub static ASKED: SkStorage<Asked> = SkStorage::new();
+
+/// Whose socket each question came from, for the daemon.
+#[map(name = "askers")]
+pub static ASKERS_MAP: LruHashMap<Asker, Asked> = LruHashMap::with_max_entries(ASKERS, 0);
 
 /// Boot time at which this CPU last woke the daemon.
 #[map(name = "wakes")]

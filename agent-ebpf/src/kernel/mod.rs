@@ -17,6 +17,7 @@ mod bind;
 mod cache;
 mod connect;
 mod create;
+mod dns;
 mod egress;
 mod emit;
 mod identity;

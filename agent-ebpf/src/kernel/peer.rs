@@ -10,10 +10,8 @@ use agent_ebpf::{
 };
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple},
-    helpers::generated::{
-        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
-    },
+    bindings::bpf_sock,
+    helpers::generated::{bpf_sk_release, bpf_sk_storage_get},
     programs::{SkBuffContext, SockAddrContext},
 };
 
@@ -34,7 +32,7 @@ macro_rules! look_up {
         let sport = attempt.local_port.to_be();
         let dport = attempt.port.to_be();
         // SAFETY: all-zero bytes are a valid tuple of either family.
-        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let mut tuple: aya_ebpf::bindings::bpf_sock_tuple = unsafe { core::mem::zeroed() };
         let size = if attempt.addr.is_v4() {
             // SAFETY: the union's IPv4 arm lies within it; plain integers are written.
             let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
@@ -52,16 +50,34 @@ macro_rules! look_up {
             v6.dport = dport;
             36_u32
         };
-        let netns = BPF_F_CURRENT_NETNS as u64;
+        let netns = aya_ebpf::bindings::BPF_F_CURRENT_NETNS as u64;
         if attempt.protocol == IPPROTO_TCP {
             // SAFETY: the context as the kernel gave it, a tuple on the stack and its size.
-            unsafe { bpf_sk_lookup_tcp($context, &raw mut tuple, size, netns, 0) }
+            unsafe {
+                aya_ebpf::helpers::generated::bpf_sk_lookup_tcp(
+                    $context,
+                    &raw mut tuple,
+                    size,
+                    netns,
+                    0,
+                )
+            }
         } else {
             // SAFETY: as above.
-            unsafe { bpf_sk_lookup_udp($context, &raw mut tuple, size, netns, 0) }
+            unsafe {
+                aya_ebpf::helpers::generated::bpf_sk_lookup_udp(
+                    $context,
+                    &raw mut tuple,
+                    size,
+                    netns,
+                    0,
+                )
+            }
         }
     }};
 }
+
+pub(super) use look_up;
 
 /// By tag, at connect.
 pub struct ByTag<'a> {

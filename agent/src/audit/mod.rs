@@ -60,7 +60,8 @@ pub use mask::Mask;
 pub use ocsf::{Code, Host, LogName};
 pub use process::Processes;
 pub use record::{
-    Context, Dropped, Endpoint, EntryRef, Lost, Parent, ProcessInfo, Reached, Subject, Violation,
+    Context, Dropped, Endpoint, EntryRef, Lookup, Lost, Parent, ProcessInfo, Reached, Subject,
+    Violation,
 };
 pub use sums::{Sums, written_since};
 pub use tail::{Filter, Line, Tail};

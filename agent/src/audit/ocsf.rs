@@ -46,6 +46,10 @@ codes! {
     Dropped = "RM1003", Violations, "attempts without details";
     /// What an agent reached, and how much.
     Reached = "RM1004", Access, "destination reached";
+    /// The DNS guard refused a lookup.
+    LookupRefused = "RM1101", Violations, "lookup refused";
+    /// A lookup that enforcement would refuse was let through by monitor mode.
+    LookupMonitored = "RM1102", Violations, "lookup let through by monitor mode";
     /// An agent was suspended.
     AgentSuspended = "RM2001", Audit, "agent suspended";
     /// A suspension ended.
@@ -185,6 +189,7 @@ pub(super) enum Class {
     DetectionFinding,
     EntityManagement,
     NetworkActivity,
+    DnsActivity,
     DeviceConfigStateChange,
     ApplicationLifecycle,
 }
@@ -196,6 +201,7 @@ impl Class {
             Self::DetectionFinding => 2004,
             Self::EntityManagement => 3004,
             Self::NetworkActivity => 4001,
+            Self::DnsActivity => 4003,
             Self::DeviceConfigStateChange => 5019,
             Self::ApplicationLifecycle => 6002,
         }
@@ -207,6 +213,7 @@ impl Class {
             Self::DetectionFinding => "Detection Finding",
             Self::EntityManagement => "Entity Management",
             Self::NetworkActivity => "Network Activity",
+            Self::DnsActivity => "DNS Activity",
             Self::DeviceConfigStateChange => "Device Config State Change",
             Self::ApplicationLifecycle => "Application Lifecycle",
         }
@@ -216,7 +223,7 @@ impl Class {
         match self {
             Self::ComplianceFinding | Self::DetectionFinding => (2, "Findings"),
             Self::EntityManagement => (3, "Identity & Access Management"),
-            Self::NetworkActivity => (4, "Network Activity"),
+            Self::NetworkActivity | Self::DnsActivity => (4, "Network Activity"),
             Self::DeviceConfigStateChange => (5, "Discovery"),
             Self::ApplicationLifecycle => (6, "Application Activity"),
         }
@@ -224,9 +231,10 @@ impl Class {
 
     const fn profiles(self) -> &'static [&'static str] {
         match self {
-            Self::EntityManagement | Self::NetworkActivity | Self::ApplicationLifecycle => {
-                &["host", "security_control", "ai_operation"]
-            }
+            Self::EntityManagement
+            | Self::NetworkActivity
+            | Self::DnsActivity
+            | Self::ApplicationLifecycle => &["host", "security_control", "ai_operation"],
             Self::ComplianceFinding | Self::DetectionFinding | Self::DeviceConfigStateChange => {
                 &["host", "security_control"]
             }

@@ -268,6 +268,8 @@ fn row(
     let offline = tables.map(|tables| offline(tables, question, clock));
     let kernel = kernel.ask(question)?;
     let agree = match (&offline, &kernel) {
+        // What a lease opens, or opened, only the kernel knows.
+        (Some(_), Some(kernel)) if kernel.lease.is_some() => None,
         (Some((registry, _, _)), Some(kernel)) => {
             Some(registry.verdict == kernel.verdict && registry.reason == kernel.reason)
         }
@@ -325,6 +327,7 @@ fn offline(tables: &AgentTables, question: &Question, clock: &Clock) -> (Explain
         revision: 0,
         cgroups: Vec::new(),
         note,
+        lease: None,
     };
     (explain, told.because, told.would_change)
 }
@@ -516,7 +519,13 @@ fn sentence(told: &Explain) -> String {
         .note
         .as_ref()
         .map_or_else(String::new, |note| format!("; {note}"));
-    plain(&format!("{}{by}{note}", told.verdict.name()))
+    let lease = told.lease.as_ref().map_or_else(String::new, |lease| {
+        let name = lease.name.as_deref().unwrap_or("a name");
+        let until = format::time(lease.until_ms);
+        let verb = if told.verdict.passes() { "is" } else { "was" };
+        format!("; it {verb} leased to {name} until {until}")
+    });
+    plain(&format!("{}{by}{note}{lease}", told.verdict.name()))
 }
 
 /// What must not be missed.

@@ -190,6 +190,9 @@ fn agents(agents: &[AgentStatus]) -> Columns {
     columns
 }
 
+/// Leases of an agent that are shown.
+const LEASES: usize = 5;
+
 /// What does not fit into a column: who holds it, cgroups, reasons, the last violation, a kept entry.
 fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
     for agent in agents {
@@ -208,6 +211,22 @@ fn details(agents: &[AgentStatus], output: &Output) -> Result<()> {
                 .map(|(reason, count)| format!("{} {count}", plain(reason)))
                 .collect();
             lines.push(format!("reasons {}", reasons.join(", ")));
+        }
+        for lease in agent.leases.iter().take(LEASES) {
+            let name = lease
+                .name
+                .as_deref()
+                .unwrap_or("(resolved before this daemon)");
+            lines.push(format!(
+                "lease {} {} until {}",
+                plain(name),
+                lease.addr,
+                format::time(lease.until_ms)
+            ));
+        }
+        let shown = (agent.leases.len().min(LEASES)) as u64;
+        if agent.leased > shown {
+            lines.push(format!("and {} leases more", agent.leased - shown));
         }
         if let Some(last) = &agent.last_violation {
             lines.push(format!("last {}", plain(&last.text)));

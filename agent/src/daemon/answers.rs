@@ -146,13 +146,10 @@ impl Core {
         guards.push(match (self.settings.dns.enabled, named) {
             (false, _) => host_wide("dns", "dns", GuardState::Off, "turned off by the settings"),
             (true, false) => host_wide("dns", "dns", GuardState::Off, "no entry uses a name"),
-            (true, true) => host_wide(
-                "dns",
-                "dns",
-                GuardState::Absent,
-                "this build does not turn lookups to the DNS guard yet: no name resolves, and what \
-                 names would lead to is refused",
-            ),
+            (true, true) => {
+                let (state, evidence) = self.dns_guard();
+                host_wide("dns", "dns", state, &evidence)
+            }
         });
         guards
     }
@@ -183,6 +180,7 @@ impl Core {
         status.processes = processes;
         status.finding = agent.kept.clone();
         status.hold = held(agent);
+        (status.leases, status.leased) = self.leases_of(id, index);
         Some(status)
     }
 
@@ -232,6 +230,8 @@ impl Core {
             last_violation: self.recorder.last(id).cloned(),
             finding: None,
             hold: None,
+            leases: Vec::new(),
+            leased: 0,
             last_probe: self.probing.last.get(id).cloned(),
         }
     }
@@ -284,6 +284,7 @@ impl Core {
                 ..abi::Question::zeroed()
             })
             .map_err(|error| Refusal::new(Code::Internal, error.to_string()))?;
+        let question_addr = question.addr;
         let verdict = match said.verdict {
             1 => Answer::Allowed,
             2 => Answer::Monitored,
@@ -307,6 +308,7 @@ impl Core {
             source: Source::Kernel,
             hash: tables.hash.clone(),
             revision,
+            lease: self.lease_at(index, question_addr, said.entry),
             cgroups: self
                 .claims
                 .iter()

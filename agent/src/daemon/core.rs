@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use agent_ebpf::abi::ABI_VERSION;
+use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::{
@@ -15,7 +16,9 @@ use super::{
     keeping::clocks_before,
     laps::Laps,
     lock::RootLock,
+    lookups::Lookups,
     metering::Meter,
+    names::{self, Names},
     posture::Beats,
     probe::Probing,
     reconcile::DriftBook,
@@ -30,7 +33,8 @@ use crate::{
         written_since,
     },
     cgroup::{CgroupPath, Hierarchy, Selectors},
-    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Tuning, boot_nanos},
+    dns::server::Request,
+    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Image, Tuning, boot_nanos},
     policy::{self, UnixMillis},
     state::{Damage, Holds, Store},
 };
@@ -59,6 +63,8 @@ pub struct Core {
     /// Whether the programs' own log is printed.
     pub(super) kernel_log: bool,
     pub(super) drift: DriftBook,
+    pub(super) names: Names,
+    pub(super) lookups: Lookups,
     pub(super) beats: Beats,
     pub(super) seen: Seen,
     pub(super) probing: Probing,
@@ -87,7 +93,7 @@ pub fn hierarchy(settings: &Settings) -> Result<Hierarchy, DaemonError> {
 }
 
 /// How many maps entries to make room for.
-pub(super) fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacity {
+pub(super) fn capacity(settings: &Settings, images: &[Image]) -> Capacity {
     let sized = Capacity::for_images(images);
     let limits = &settings.limits;
     let agents = limits.agents.unwrap_or(sized.agents);
@@ -101,7 +107,14 @@ pub(super) fn capacity(settings: &Settings, images: &[kernel::Image]) -> Capacit
             .map_or(sized.claims, |agents| agents.saturating_mul(4)),
         addresses: limits.addresses.unwrap_or(sized.addresses),
         prefixes: limits.prefixes.unwrap_or(sized.prefixes),
-        rule_sets: limits.rule_sets.unwrap_or(sized.rule_sets),
+        rule_sets: limits
+            .rule_sets
+            .unwrap_or(if images.iter().any(Image::uses_names) {
+                // Leases of different names share no rules.
+                sized.rule_sets.max(names::RULE_SETS)
+            } else {
+                sized.rule_sets
+            }),
     }
 }
 
@@ -114,7 +127,10 @@ pub(super) fn allowance(settings: &Settings) -> Allowance {
 
 impl Core {
     /// All of the start but the sockets. See the module `daemon` for the order.
-    pub fn start(settings: &Settings, options: &Options) -> Result<Self, DaemonError> {
+    pub fn start(
+        settings: &Settings,
+        options: &Options,
+    ) -> Result<(Self, mpsc::Receiver<Request>), DaemonError> {
         if settings.enforcement.containment == Containment::Require {
             return Err(DaemonError::Containment);
         }
@@ -126,9 +142,9 @@ impl Core {
         laps.done("state");
         let files = registry::read(&settings.paths);
         laps.done("files");
-        let names = registry::names(settings);
+        let whether = registry::names(settings);
         let mut memory = policy::Memory::default();
-        let compiled = memory.compile(&files.sources, wall_millis(), names);
+        let compiled = memory.compile(&files.sources, wall_millis(), whether);
         laps.done("compile");
         let enforcement = &settings.enforcement;
         let force = force::start(
@@ -139,7 +155,14 @@ impl Core {
             stance(settings),
         )?;
         laps.done("merge");
-        let images = force.images(&offset.clock());
+        let (guard, lookups) = Names::start(settings, offset);
+        let mut images = force.images(&offset.clock());
+        let mut uses_names = false;
+        for image in &mut images {
+            if let Some(agent) = force.agents.get(&image.id) {
+                uses_names |= names::mark(&guard, &agent.tables, image);
+            }
+        }
         laps.done("images");
 
         let tuning = Tuning {
@@ -161,6 +184,7 @@ impl Core {
             Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
         laps.done("load");
         let adopted = enforcer.born_before_us();
+        enforcer.guard_names(uses_names)?;
         let mut meter = Meter::default();
         let began = Instant::now();
         match enforcer.apply(&images) {
@@ -221,6 +245,8 @@ impl Core {
             close_again: false,
             kernel_log: options.kernel_log > 0,
             drift: DriftBook::default(),
+            names: guard,
+            lookups: Lookups::default(),
             beats: Beats::default(),
             seen: Seen::default(),
             probing: Probing::default(),
@@ -244,10 +270,11 @@ impl Core {
         if let Err(error) = core.enforcer.settle_in() {
             warn!(message = "The maps of before could not be removed yet.", %error);
         }
+        core.check_leases(loaded.registry.as_ref());
         core.laps.done("fence");
         core.self_test(None, None).map_err(DaemonError::SelfTest)?;
         core.laps.done("self-test");
-        Ok(core)
+        Ok((core, lookups))
     }
 
     /// The hierarchy.
@@ -298,6 +325,7 @@ impl Core {
         self.laps.done("keep");
         // What was in force before may have granted more.
         self.close_unreachable(None);
+        self.follow_names();
         self.laps.done("connections");
         debug!(message = "Started.", took = %self.laps);
     }
@@ -306,6 +334,7 @@ impl Core {
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
+        self.settle_lookups();
         self.settle_access();
         self.write_access();
         self.keep_clock();
@@ -379,7 +408,7 @@ impl Core {
         self.decide(Decision::Succession(Succession {
             pid: std::process::id(),
             tables,
-            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            links: self.enforcer.links(),
             rewritten: differences.into_iter().map(|each| each.agent).collect(),
             revision: self.force.revision,
         }));
@@ -425,6 +454,8 @@ impl Core {
     /// Takes in records.
     pub fn drain(&mut self) {
         self.recorder.drain(&mut self.enforcer);
+        let unguarded = self.recorder.take_unguarded();
+        self.unguarded(&unguarded);
     }
 
     /// Whether records came in within the last second. Then there may be more without a wake-up: a
@@ -436,9 +467,11 @@ impl Core {
     /// Once a second. Returns whether the tables were written anew.
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
+        self.settle_lookups();
         self.tend_trail();
         self.tend_access();
         self.enforcer.sweep();
+        self.tend_names();
         if self.close_again {
             self.close_unreachable(None);
             self.close_again = false;
@@ -528,7 +561,7 @@ fn resume(recorder: &mut Recorder, enforcer: &Enforcer, violations: &std::path::
 /// Opens the embedded object for a fence of its own, as `remit run` without a daemon does.
 pub(super) fn open_alone(
     bpffs: &std::path::Path,
-    images: &[kernel::Image],
+    images: &[Image],
     events_per_second: u32,
 ) -> Result<Enforcer, DaemonError> {
     let tuning = Tuning {

@@ -277,7 +277,8 @@ impl Core {
     fn count_by(&mut self, offset: Offset) -> Result<(), String> {
         self.offset = offset;
         self.recorder.set_offset(offset);
-        let images = self.force.images(&offset.clock());
+        self.names.set_offset(offset);
+        let images = self.images(&self.force);
         let applied = self.put_all(&images);
         match applied {
             Ok(_) => {

@@ -3,7 +3,7 @@
 
 use tracing::{info, warn};
 
-use super::{core::Core, force, keeping};
+use super::{core::Core, keeping};
 use crate::{
     audit::{Change, Decision, Lifecycle, Subject},
     cgroup::CgroupPath,
@@ -323,7 +323,7 @@ impl Core {
         let Some(agent) = self.force.hold_one(id, &self.holds) else {
             return Err("it is not in the registry in force".to_owned());
         };
-        let image = force::image(&agent.tables, &self.offset.clock());
+        let image = self.image(&agent.tables);
         self.enforcer
             .apply_one(image)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;

@@ -13,6 +13,7 @@ mod access;
 mod advice;
 mod answers;
 mod attribution;
+mod carried;
 mod closing;
 mod core;
 mod detach;
@@ -23,9 +24,12 @@ mod files;
 pub mod force;
 mod keeping;
 mod laps;
+mod leased;
 mod lifecycle;
 mod lock;
+mod lookups;
 mod metering;
+mod names;
 mod posture;
 mod probe;
 mod reconcile;
@@ -39,6 +43,7 @@ mod time;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -167,13 +172,24 @@ pub fn detach_all(settings: &Settings) -> Result<Vec<PathBuf>, DaemonError> {
     Ok(removed)
 }
 
+/// Lets this process open as many files as it may: each endpoint of the DNS guard takes four, and
+/// each question that is asked upstream one.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(message = "The limit of open files could not be raised.", %error);
+    }
+}
+
 const DRAIN_EVERY: Duration = Duration::from_millis(5);
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
 
 async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> {
     let system = |what| move |source| DaemonError::System { what, source };
     let _lock = Lock::take(&settings.paths.run)?;
-    let mut core = Core::start(&settings, &options)?;
+    raise_open_files();
+    let (mut core, mut lookups) = Core::start(&settings, &options)?;
     if options.kernel_log > 0 {
         core.log_kernel();
     }
@@ -242,6 +258,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                     selectors = Some(core.selectors());
                 }
             }
+            Some(request) = lookups.recv() => core.lookup(request),
             woken = ring.readable() => {
                 if let Ok(mut guard) = woken {
                     guard.clear_ready();

@@ -2,22 +2,24 @@
 //! stands for; this module only looks up who and where, and writes.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use agent_ebpf::abi::{Event, Fold, NO_ENTRY, RING_BYTES, UNREGISTERED};
+use agent_ebpf::abi::{Addr, Cause, Event, Fold, NO_ENTRY, RING_BYTES, UNREGISTERED};
 use tracing::warn;
 
 use super::{
     advice,
+    lookups::Refused,
     time::{Offset, wall_millis},
 };
 use crate::{
     audit::{
-        Allowance, Context, Dropped, Exports, Key, Ledger, Log, Lost, Mask, Owed, ProcessInfo,
-        Processes, Subject, Violation, human, ocsf::Host,
+        Allowance, Context, Dropped, Exports, Key, Ledger, Log, LogError, Lost, Mask, Owed,
+        ProcessInfo, Processes, Subject, Violation, human, ocsf::Host,
     },
     cgroup::Hierarchy,
     control::protocol::{Denial, LastViolation},
@@ -68,6 +70,29 @@ pub enum Sink {
     Memory(Vec<serde_json::Value>),
 }
 
+/// The name that each address of an agent was last an answer to.
+#[derive(Default)]
+struct Hostnames {
+    names: HashMap<IpAddr, Arc<str>>,
+    order: VecDeque<IpAddr>,
+}
+
+/// Addresses of one agent whose names are remembered.
+const HOSTNAMES: usize = 8192;
+
+impl Hostnames {
+    fn learn(&mut self, addr: IpAddr, name: &Arc<str>) {
+        if self.names.insert(addr, Arc::clone(name)).is_none() {
+            self.order.push_back(addr);
+        }
+        if self.order.len() > HOSTNAMES
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.names.remove(&oldest);
+        }
+    }
+}
+
 /// Everything that a line needs.
 pub struct Recorder {
     sink: Sink,
@@ -87,6 +112,9 @@ pub struct Recorder {
     last: BTreeMap<String, LastViolation>,
     revision: u64,
     offset: Offset,
+    hostnames: HashMap<u32, Hostnames>,
+    /// Agents whose lookups were refused for want of a guard.
+    unguarded: BTreeSet<u32>,
     /// When the ring last had a record.
     heard: Option<Instant>,
     health: Health,
@@ -136,6 +164,8 @@ impl Recorder {
             last: BTreeMap::new(),
             revision: 0,
             offset,
+            hostnames: HashMap::new(),
+            unguarded: BTreeSet::new(),
             heard: None,
             health: Health::default(),
             watch: None,
@@ -252,6 +282,68 @@ impl Recorder {
         self.paths.clear();
     }
 
+    /// Learns which name led to these addresses.
+    pub fn learn_name(&mut self, agent: u32, name: &str, addresses: &[IpAddr]) {
+        let name: Arc<str> = name.into();
+        let known = self.hostnames.entry(agent).or_default();
+        for addr in addresses {
+            known.learn(addr.to_canonical(), &name);
+        }
+    }
+
+    /// Forgets what names an agent had.
+    pub fn forget_names(&mut self, agent: u32) {
+        self.hostnames.remove(&agent);
+    }
+
+    /// The name that led the agent to an address, if it is remembered.
+    pub fn name_of(&self, agent: u32, addr: IpAddr) -> Option<&str> {
+        let known = self.hostnames.get(&agent)?;
+        known.names.get(&addr.to_canonical()).map(|name| &**name)
+    }
+
+    /// The agents whose lookups were refused for want of a guard, since this was asked last.
+    pub fn take_unguarded(&mut self) -> BTreeSet<u32> {
+        std::mem::take(&mut self.unguarded)
+    }
+
+    /// Writes a lookup, which stands for `count`. False if the agent's allowance has no room, or it
+    /// could not be written.
+    pub fn write_lookup(&mut self, now: u64, refused: &Refused, count: u64) -> bool {
+        self.ledger.admits(now, refused.agent) && self.put_lookup(now, refused, count, false)
+    }
+
+    /// Writes the one line of an agent for lookups that have none of their own.
+    pub fn write_lookups_over(&mut self, now: u64, refused: &Refused, count: u64) {
+        self.put_lookup(now, refused, count, true);
+    }
+
+    fn put_lookup(&mut self, now: u64, refused: &Refused, count: u64, over: bool) -> bool {
+        let known = self.known(refused.agent, 0);
+        let entry = refused.report.entry.unwrap_or(NO_ENTRY);
+        let process = refused.process();
+        let cgroup = refused.asked.cgroup;
+        let context = self.context(&known, process, cgroup, entry, now, count);
+        let mut lookup = refused.lookup(count, context.process);
+        lookup.time = context.time;
+        lookup.agent = context.agent;
+        lookup.cgroup = context.cgroup;
+        lookup.entry = context.entry;
+        lookup.revision = context.revision;
+        if over {
+            lookup.text = format!(
+                "{count} more lookups of {} without lines of their own; one of them: {}",
+                known.subject.id, lookup.text
+            );
+            lookup.name.clear();
+        }
+        let host = self.host.clone();
+        self.put_line(now, refused.agent, |sequence| {
+            lookup.to_ocsf(&host, sequence)
+        })
+        .is_ok()
+    }
+
     /// Forgets the oldest policies that are out of force, past the bounds.
     fn forget(&mut self) {
         let mut present = HashSet::new();
@@ -295,6 +387,9 @@ impl Recorder {
             }
             let now = crate::kernel::boot_nanos();
             for event in &events {
+                if event.cause == Cause::NoGuard as u8 {
+                    self.unguarded.insert(event.agent);
+                }
                 if let Some(count) = self.ledger.record(now, event) {
                     self.write_event(now, event, count);
                 }
@@ -422,7 +517,7 @@ impl Recorder {
     fn write_event(&mut self, now: u64, event: &Event, count: u64) {
         let known = self.known(event.agent, event.policy);
         let process = ProcessInfo::from_event(event);
-        let context = self.context(
+        let mut context = self.context(
             &known,
             process,
             event.cgroup,
@@ -430,6 +525,7 @@ impl Recorder {
             event.time,
             count,
         );
+        context.dst_name = self.hostname(event.agent, event.addr);
         if let Some(violation) = Violation::from_event(event, context) {
             self.write(now, event.agent, &violation, count);
         }
@@ -438,10 +534,15 @@ impl Recorder {
     fn write_fold(&mut self, now: u64, fold: &Fold, count: u64) {
         let known = self.known(fold.agent, 0);
         let process = ProcessInfo::from_fold(fold);
-        let context = self.context(&known, process, fold.cgroup, fold.entry, now, count);
+        let mut context = self.context(&known, process, fold.cgroup, fold.entry, now, count);
+        context.dst_name = self.hostname(fold.agent, fold.addr);
         if let Some(violation) = Violation::from_fold(fold, context) {
             self.write(now, fold.agent, &violation, count);
         }
+    }
+
+    fn hostname(&self, agent: u32, addr: Addr) -> Option<String> {
+        self.name_of(agent, addr.into()).map(str::to_owned)
     }
 
     fn write(&mut self, now: u64, agent: u32, violation: &Violation, count: u64) {
@@ -534,12 +635,29 @@ impl Recorder {
         count: u64,
         build: impl Fn(u64) -> serde_json::Value,
     ) -> Option<String> {
+        match self.put_line(now, key.agent, build) {
+            Ok(text) => Some(text),
+            Err(error) => {
+                warn!(message = "A violation could not be written; it is counted.", %error);
+                self.ledger.unwritten(key, count);
+                None
+            }
+        }
+    }
+
+    /// Appends a line; returns its text for people.
+    fn put_line(
+        &mut self,
+        now: u64,
+        agent: u32,
+        build: impl Fn(u64) -> serde_json::Value,
+    ) -> Result<String, LogError> {
         match &mut self.sink {
             Sink::Memory(lines) => {
                 let value = build(lines.len() as u64 + 1);
                 let text = human(&value, false);
                 lines.push(value);
-                Some(text)
+                Ok(text)
             }
             Sink::Log(log) => {
                 let mut text = String::new();
@@ -553,28 +671,25 @@ impl Recorder {
                     }
                     value
                 });
-                match appended {
-                    Ok(bytes) => {
-                        self.health.written = Some(wall_millis());
-                        self.health.broken = None;
-                        if let Some(event) = exported {
-                            exports.write(&event);
-                        }
-                        self.ledger.spend(now, key.agent, bytes);
-                        Some(text)
-                    }
+                let bytes = match appended {
+                    Ok(bytes) => bytes,
                     Err(error) => {
-                        warn!(message = "A violation could not be written; it is counted.", %error);
                         let since = self
                             .health
                             .broken
                             .take()
                             .map_or_else(wall_millis, |(at, _)| at);
                         self.health.broken = Some((since, error.to_string()));
-                        self.ledger.unwritten(key, count);
-                        None
+                        return Err(error);
                     }
+                };
+                self.health.written = Some(wall_millis());
+                self.health.broken = None;
+                if let Some(event) = exported {
+                    exports.write(&event);
                 }
+                self.ledger.spend(now, agent, bytes);
+                Ok(text)
             }
         }
     }

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     audit::{Decision, Succession, Tables},
-    kernel::{self, ApplyError, Image},
+    kernel::{ApplyError, Image},
     policy::AgentTables,
 };
 
@@ -84,13 +84,18 @@ impl Core {
         laps.done("merge");
         // What was held back a second ago for running programs can go now, and make room.
         self.enforcer.sweep();
-        let images = next.images(&self.offset.clock());
+        let images = self.images(&next);
         laps.done("images");
         // The numbers that the kernel knows agents by may be given to others.
         self.settle_access();
+        if self.uses_names(&next) {
+            // Before any lookup is turned, so that its answer finds the way back.
+            self.guard_names(true);
+        }
         let changed = self.put_all(&images)?;
         laps.done("tables");
         let before = std::mem::replace(&mut self.force, next);
+        self.follow_names();
         self.expect_endings();
         let followed = self.follow(&changed, &before);
         drop(before);
@@ -116,8 +121,16 @@ impl Core {
     /// Puts these in force, in larger maps where those in use have no room.
     pub(super) fn put_all(&mut self, images: &[Image]) -> Result<Vec<String>, String> {
         let words = |error: anyhow::Error| format!("{error:#}");
+        let small = images.iter().any(Image::uses_names)
+            && self.enforcer.capacity().rule_sets < capacity(&self.settings, images).rule_sets;
         let full = match self.enforcer.apply(images) {
             Err(full @ ApplyError::Full { .. }) => full,
+            Ok(_) if small => ApplyError::Full {
+                map: "rulesets",
+                has: 0,
+                needs: 0,
+                limit: "rule_sets",
+            },
             applied => return applied.map_err(|error| words(error.into())),
         };
         let had = self.enforcer.capacity();
@@ -139,7 +152,7 @@ impl Core {
         self.decide(Decision::Succession(Succession {
             pid: std::process::id(),
             tables: Tables::Grown,
-            links: (self.roots.len() * kernel::HOOKS.len()) as u64,
+            links: self.enforcer.links(),
             rewritten: Vec::new(),
             revision: self.force.revision,
         }));

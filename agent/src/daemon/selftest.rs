@@ -72,6 +72,10 @@ pub fn ask(
     let memory = MemoryRules::new(tables, clock, Peer::Foreign);
     let mut asked = 0;
     for question in questions(tables, agent, extent) {
+        // There the kernel knows more than the registry.
+        if enforcer.leased_at(agent, question.addr).is_some() {
+            continue;
+        }
         let said = enforcer
             .judge(question)
             .map_err(|error: OpenError| error.to_string())?;

@@ -59,6 +59,18 @@ impl Sockets {
         opened.unwrap_or_else(|_panic| Err(io::Error::other("the thread in the namespace died")))
     }
 
+    /// Handles of all of them, to mark them by.
+    ///
+    /// # Errors
+    /// When there are too many open files.
+    pub fn handles(&self) -> io::Result<Vec<OwnedFd>> {
+        let each = self
+            .pairs
+            .iter()
+            .flat_map(|pair| [pair.udp.as_fd(), pair.tcp.as_fd()]);
+        each.map(|socket| socket.try_clone_to_owned()).collect()
+    }
+
     /// Where IPv4 questions go.
     pub fn v4(&self) -> Option<SocketAddr> {
         self.pairs

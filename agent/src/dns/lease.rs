@@ -151,8 +151,15 @@ impl Leases {
     }
 
     /// What the leases of `addr` open under `agent`'s scope at the moment of `clock`: the input of
-    /// [`policy::leased_rules`]. Empty when none does.
-    pub fn ports(&self, agent: &AgentTables, addr: IpAddr, clock: &Clock) -> Vec<LeasedPorts> {
+    /// [`policy::leased_rules`]. Empty when none does. An open TCP connection may go on for
+    /// `max_lease` nanoseconds more, but never longer than its grant.
+    pub fn ports(
+        &self,
+        agent: &AgentTables,
+        addr: IpAddr,
+        max_lease: u64,
+        clock: &Clock,
+    ) -> Vec<LeasedPorts> {
         let mut ports = Vec::new();
         for name in self.addresses.get(&addr).into_iter().flatten() {
             let ends = self
@@ -170,6 +177,7 @@ impl Leases {
                     ports.push(LeasedPorts {
                         ports: open,
                         deadline: allowance.deadline.min(*ends),
+                        open_until: allowance.deadline.min(ends.saturating_add(max_lease)),
                         entry: allowance.entry,
                     });
                 }

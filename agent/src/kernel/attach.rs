@@ -19,7 +19,7 @@ use aya::{Ebpf, programs::Program};
 
 use super::{
     error::AttachError,
-    object::{Expected, HOOKS},
+    object::{Expected, all_hooks},
     pins::{Known, replace_pin},
     sys,
 };
@@ -71,6 +71,8 @@ struct Held {
 pub(super) struct Raising<'a> {
     /// The object, its programs loaded.
     pub ebpf: &'a Ebpf,
+    /// What to attach.
+    pub hooks: &'a [Expected],
     /// Programs of earlier starts.
     pub known: &'a Known,
     /// Where this version pins the root's links.
@@ -132,8 +134,8 @@ impl Fence {
             links: Vec::new(),
             foreign: Vec::new(),
         };
-        for expected in HOOKS {
-            let held = fence.raise_hook(raising, expected, &cgroup)?;
+        for expected in raising.hooks {
+            let held = fence.raise_hook(raising, *expected, &cgroup)?;
             fence.links.push(held);
         }
         for guard in fence.guards() {
@@ -144,7 +146,7 @@ impl Fence {
                 });
             }
         }
-        remove_others(&pins).map_err(pin_failed("remove what is no", &pins))?;
+        remove_others(&pins, raising.hooks).map_err(pin_failed("remove what is no", &pins))?;
         Ok(fence)
     }
 
@@ -274,6 +276,21 @@ impl Fence {
         &self.foreign
     }
 
+    /// The programs that its links hold.
+    pub(super) fn programs(&self) -> impl Iterator<Item = &'static str> {
+        self.links.iter().map(|held| held.expected.program)
+    }
+
+    /// Whether the DNS guard's hooks are there, and the kernel runs them.
+    pub fn turns_lookups(&self) -> bool {
+        let guards = self.guards();
+        super::DNS_HOOKS.iter().all(|hook| {
+            guards
+                .iter()
+                .any(|guard| guard.hook == hook.hook && guard.listed && guard.link.is_some())
+        })
+    }
+
     /// Where the links are pinned.
     pub(super) fn pins(&self) -> &Path {
         &self.pins
@@ -306,14 +323,14 @@ pub(super) fn move_stray(
     from: &Path,
     to: &Path,
 ) -> Result<bool, AttachError> {
-    let expected = HOOKS.iter().find(|expected| expected.program == program);
+    let expected = all_hooks().find(|expected| expected.program == program);
     let link = sys::open_pin(from).map_err(pin_failed("open", from))?;
     let info = sys::link_info(link.as_fd()).ok();
     let fd = expected
         .filter(|expected| {
             info.is_some_and(|info| info.cgroup != 0 && info.attach_type == expected.attach_type)
         })
-        .and_then(|expected| program_fd(ebpf, *expected));
+        .and_then(|expected| program_fd(ebpf, expected));
     let Some(fd) = fd else {
         fs::remove_file(from).map_err(pin_failed("remove dead", from))?;
         return Ok(false);
@@ -357,13 +374,13 @@ fn pin_at(link: &OwnedFd, id: u32, pin: &Path, places: &[PathBuf]) -> Result<(),
     Ok(())
 }
 
-/// Removes pins that are none of a fence's: of a step that was cut short, or of a hook that only
-/// another version has.
-fn remove_others(pins: &Path) -> io::Result<()> {
+/// Removes pins that are none of a fence's: of a step that was cut short, of a hook that only
+/// another version has, or of one that is not needed any more.
+fn remove_others(pins: &Path, hooks: &[Expected]) -> io::Result<()> {
     for entry in fs::read_dir(pins)? {
         let entry = entry?;
         let name = entry.file_name();
-        if !HOOKS.iter().any(|expected| *expected.program == *name) {
+        if !hooks.iter().any(|expected| *expected.program == *name) {
             fs::remove_file(entry.path())?;
         }
     }
@@ -371,8 +388,7 @@ fn remove_others(pins: &Path) -> io::Result<()> {
 }
 
 fn program_of(hook: &str) -> &'static str {
-    HOOKS
-        .iter()
+    all_hooks()
         .find(|expected| expected.hook == hook)
         .map_or("program", |expected| expected.program)
 }

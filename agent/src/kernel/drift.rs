@@ -4,9 +4,9 @@
 use std::{fs, io, os::fd::AsFd as _, path::Path};
 
 use super::{
-    Enforcer, Fence, HOOKS, Pinned,
+    Enforcer, Fence, Pinned,
     attach::{self, Fault},
-    object::Expected,
+    object::{Expected, all_hooks},
     pins::{map_at, program_at, replace_pin},
     table::Spot,
 };
@@ -129,8 +129,7 @@ impl Enforcer {
 
     /// How many things [`Self::inspect`] compares.
     pub fn compared(&self) -> u64 {
-        let links: usize = self.fences.len() * HOOKS.len();
-        (self.tables.compared() + links) as u64
+        self.tables.compared() as u64 + self.links()
     }
 
     /// Puts right what [`Self::inspect`] found. Nothing is open meanwhile that was not open by what
@@ -205,7 +204,7 @@ impl Enforcer {
             let target = Target::MapPin(name);
             drifts.extend(pin_drift(found, *id, "map", what, wanted, target));
         }
-        for hook in HOOKS {
+        for hook in all_hooks() {
             let Some(id) = attach::program_id(&self.ebpf, hook.program) else {
                 continue;
             };

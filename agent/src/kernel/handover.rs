@@ -13,7 +13,7 @@ use std::{
 use agent_ebpf::abi::{ABI_VERSION, Counters};
 
 use super::{
-    AttachError, Capacity, Enforcer, Fence, HOOKS, Image, OpenError,
+    AttachError, Capacity, Enforcer, Fence, Image, OpenError,
     attach::{self, Raising, pin_name},
     pins::{Dir, Guardian, Survey, remove_pins},
     succession::{self, SUMS},
@@ -44,6 +44,7 @@ impl Enforcer {
         self.guardian.in_use();
         let raising = Raising {
             ebpf: &self.ebpf,
+            hooks: &self.hooks(),
             known: &self.known,
             pins: &own.join("links").join(&name),
             elsewhere: &elsewhere,
@@ -98,7 +99,7 @@ impl Enforcer {
         let ours: HashSet<PathBuf> = self
             .fences
             .values()
-            .flat_map(|fence| HOOKS.map(|hook| fence.pins().join(hook.program)))
+            .flat_map(|fence| fence.programs().map(|program| fence.pins().join(program)))
             .collect();
         for pin in Survey::read(&self.pinned.base)?.links {
             if ours.contains(&pin.path) {
@@ -181,7 +182,9 @@ impl Enforcer {
             serial,
             Guardian::beside_another(&base),
         )?;
+        next.names = self.names;
         next.tables.apply(images)?;
+        next.endpoints.take_over(&self.endpoints)?;
         let attributed = self.tables.attributed().clone();
         next.tables.attribute(&attributed)?;
 

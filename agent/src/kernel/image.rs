@@ -3,7 +3,9 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use agent_ebpf::abi::{AgentRow, INHERITED, Loopback, Mode, NEVER, NO_ENTRY, Rule, State};
+use agent_ebpf::abi::{
+    Addr, AgentRow, FLAG_NAMES, INHERITED, Loopback, Mode, NEVER, NO_ENTRY, Rule, State,
+};
 
 use crate::policy::tables::Prefix;
 
@@ -18,6 +20,12 @@ pub struct Image {
     pub reach: Vec<(Prefix, Vec<Rule>)>,
     /// Clients to answer.
     pub serve: Vec<(Prefix, Vec<Rule>)>,
+    /// Leases that shall be in force with it, if it has to be written: addresses, and all their
+    /// rules. They are no difference: leases come and go by themselves.
+    pub leases: Vec<(Addr, Vec<Rule>)>,
+    /// Whether it has to be written anew even where what is found is the same: the leases that are
+    /// in force are of other names.
+    pub fresh: bool,
 }
 
 /// Deadlines closer than this are the same, in nanoseconds. Each daemon relates wall-clock time
@@ -38,6 +46,11 @@ pub struct Found<'a> {
 }
 
 impl Image {
+    /// Whether its lookups are turned to the DNS guard.
+    pub fn uses_names(&self) -> bool {
+        self.row.flags & FLAG_NAMES != 0
+    }
+
     /// Whether `row` and `found` are this image, and in its order; the policy's number is not
     /// compared. Where this is false, [`Self::differences`] tells why, if there is a reason.
     pub fn is_in_order<'a>(
@@ -47,7 +60,8 @@ impl Image {
     ) -> bool {
         let reach = self.reach.iter().map(|placed| (false, placed));
         let mut wanted = reach.chain(self.serve.iter().map(|placed| (true, placed)));
-        same_row(row, &self.row)
+        !self.fresh
+            && same_row(row, &self.row)
             && wanted.all(|(serve, (prefix, rules))| {
                 found.next().is_some_and(|found| {
                     found.serve == serve && found.prefix == *prefix && found.is(rules)
@@ -64,6 +78,9 @@ impl Image {
         found: impl Iterator<Item = Found<'a>>,
     ) -> Vec<String> {
         let mut differences = Vec::new();
+        if self.fresh {
+            differences.push("its names are others".to_owned());
+        }
         if !same_row(row, &self.row) {
             differences.push(format!(
                 "its row says {}, not {}",
@@ -219,6 +236,8 @@ mod tests {
 
     fn image() -> Image {
         Image {
+            leases: Vec::new(),
+            fresh: false,
             id: "alpha".to_owned(),
             row: AgentRow {
                 deadline: 5_000_000_000,

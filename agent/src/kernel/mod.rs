@@ -9,6 +9,7 @@ mod access;
 mod attach;
 mod bulk;
 mod drift;
+mod endpoints;
 mod error;
 mod evidence;
 mod handover;
@@ -24,14 +25,15 @@ mod tally;
 use std::{
     collections::{HashMap, HashSet},
     io,
+    net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use agent_ebpf::abi::{
-    ABI_VERSION, Answer, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold, LAYOUT_QUESTION, Question,
-    RULES_PER_SET,
+    ABI_VERSION, Addr, Answer, Asked, Counters, Event, FINGERPRINT, FOLD_SLOTS, Fold,
+    LAYOUT_QUESTION, Question, RULES_PER_SET, Rule,
 };
 use aya::{
     Ebpf,
@@ -41,6 +43,8 @@ use aya::{
 use zerocopy::FromBytes as _;
 
 use self::{
+    endpoints::Endpoints,
+    object::Expected,
     pins::{Dir, Guardian, Known, Survey, dir_name, next_serial},
     succession::Plan,
     tally::Tally,
@@ -51,8 +55,8 @@ pub use attach::{Fence, ForeignProgram, Guard, pin_name};
 pub use drift::{Drift, DriftKind, Repair};
 pub use error::{ApplyError, AttachError, OpenError};
 pub use evidence::{RingState, run_pinned};
-pub use image::Image;
-pub use object::{EMBEDDED, HOOKS};
+pub use image::{DEADLINE_SLACK, Image};
+pub use object::{DNS_HOOKS, EMBEDDED, HOOKS};
 pub use pins::{detach_pinned, prepare_bpffs, remove_pins};
 pub use succession::Succession;
 pub use sys::{CgroupLink, boot_nanos};
@@ -134,6 +138,7 @@ pub struct Tuning {
 pub struct Enforcer {
     ebpf: Ebpf,
     tables: table::Tables,
+    endpoints: Endpoints,
     events: RingBuf<MapData>,
     counters: PerCpuArray<MapData, Counters>,
     folds: PerCpuArray<MapData, Fold>,
@@ -151,6 +156,8 @@ pub struct Enforcer {
     born: Option<SystemTime>,
     /// When a link was last given another program.
     moved: Option<Instant>,
+    /// Whether the fences have the DNS guard's hooks.
+    names: bool,
     object: Vec<u8>,
     tuning: Tuning,
     // Last, so that all else is closed when it looks.
@@ -241,7 +248,7 @@ impl Enforcer {
             .join(format!("v{ABI_VERSION}"))
             .join(dir_name("programs", serial));
         guardian.make(&programs).map_err(unusable(&programs))?;
-        for hook in HOOKS {
+        for hook in object::all_hooks() {
             let path = programs.join(hook.program);
             let program = attach::program_fd(&ebpf, hook).ok_or(OpenError::HookMissing {
                 program: hook.program,
@@ -282,6 +289,7 @@ impl Enforcer {
         let mut tables = table::Tables::open(&ebpf, capacity)?;
         tables.inherit(&names)?;
         tables.number_after(succession::last_policy(&plan.old));
+        let endpoints = Endpoints::open(&mut ebpf)?;
         let own = object::id_of(&maps, "counters");
         let this = Dir {
             version: ABI_VERSION,
@@ -297,6 +305,7 @@ impl Enforcer {
         Ok(Self {
             ebpf,
             tables,
+            endpoints,
             events,
             counters,
             folds,
@@ -316,6 +325,7 @@ impl Enforcer {
             known,
             born,
             moved: None,
+            names: false,
             object: object.to_vec(),
             tuning: *tuning,
             guardian,
@@ -399,6 +409,17 @@ impl Enforcer {
         self.tables.index_of(id)
     }
 
+    /// The agent that an index stands for.
+    pub fn id_of(&self, index: u32) -> Option<&str> {
+        self.tables.id_of(index)
+    }
+
+    /// Whose socket the last packet to an endpoint of the DNS guard came from that was sent from
+    /// this address.
+    pub fn asker(&self, endpoint: u64, from: IpAddr, port: u16, protocol: u8) -> Option<Asked> {
+        self.endpoints.asker(endpoint, from, port, protocol)
+    }
+
     /// Every agent that has an index, also one no longer in force.
     pub fn indices(&self) -> Vec<(String, u32)> {
         self.tables
@@ -410,6 +431,84 @@ impl Enforcer {
     /// The policy id in force for an agent.
     pub fn policy_of(&self, agent: u32) -> Option<u64> {
         self.tables.policy_of(agent)
+    }
+
+    /// Sees to it that every fence, also one that is raised later, has the DNS guard's hooks, or
+    /// that none has: see [`DNS_HOOKS`]. Returns whether that was a change.
+    ///
+    /// # Errors
+    /// When a fence could not be raised anew. What stood stands.
+    pub fn guard_names(&mut self, wanted: bool) -> Result<bool, AttachError> {
+        if self.names == wanted {
+            return Ok(false);
+        }
+        self.names = wanted;
+        let standing: Vec<(String, PathBuf)> = self
+            .fences
+            .iter()
+            .filter(|(_, fence)| fence.stands())
+            .map(|(root, fence)| (root.clone(), fence.directory.clone()))
+            .collect();
+        for (root, directory) in standing {
+            if let Err(error) = self.fence(&root, &directory) {
+                // To be tried again.
+                self.names = !wanted;
+                return Err(error);
+            }
+        }
+        Ok(true)
+    }
+
+    fn hooks(&self) -> Vec<Expected> {
+        let names = self.names.then_some(DNS_HOOKS);
+        HOOKS
+            .into_iter()
+            .chain(names.into_iter().flatten())
+            .collect()
+    }
+
+    /// Links that the fences have.
+    pub fn links(&self) -> u64 {
+        let each = self.fences.values().map(|fence| fence.programs().count());
+        each.sum::<usize>() as u64
+    }
+
+    /// Where the DNS guard listens.
+    pub fn endpoints(&mut self) -> &mut Endpoints {
+        &mut self.endpoints
+    }
+
+    /// Puts leases of an agent in force, or ends them: at each address all its rules with the
+    /// leases worked in; without any that is leased the scope's own are in force there again. Each
+    /// is read back. Nothing that was remembered of the agent's is voided, for a lease opens only.
+    pub fn lease(&mut self, agent: u32, leases: &[(Addr, Vec<Rule>)]) -> Result<(), ApplyError> {
+        self.tables.lease(agent, leases)
+    }
+
+    /// The leases in the kernel: agent, address, all rules of the address.
+    pub fn leases(&self) -> Vec<(u32, Addr, Vec<Rule>)> {
+        self.tables.leases()
+    }
+
+    /// The leases of one agent in the kernel: address, all its rules.
+    pub fn leases_of(&self, agent: u32) -> Vec<(Addr, Vec<Rule>)> {
+        self.tables.leases_of(agent)
+    }
+
+    /// All rules of an address at which an agent has a lease, also one that has ended.
+    pub fn leased_at(&self, agent: u32, addr: Addr) -> Option<Vec<Rule>> {
+        self.tables.leased_at(agent, addr)
+    }
+
+    /// The agents with a lease that was over between these boot times, open connections included.
+    pub fn leases_over(&self, since: u64, now: u64) -> Vec<u32> {
+        self.tables.leases_over(since, now)
+    }
+
+    /// Removes leases that ended longer than `kept` ago and that no connection goes on with: until
+    /// then they say why an address is refused.
+    pub fn drop_leases(&mut self, now: u64, kept: u64) {
+        self.tables.drop_leases(now, kept);
     }
 
     /// The fences by root.

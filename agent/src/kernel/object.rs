@@ -8,9 +8,9 @@ use std::{
 };
 
 use agent_ebpf::abi::{
-    ACCESS_ENTRIES, Access, AccessKey, AgentName, AgentRow, Answer, Budget, CACHE_PLACES, Counters,
-    FOLD_SLOTS, Fold, HOMES, Home, Leaf, OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey,
-    Slots, Tag,
+    ACCESS_ENTRIES, ASKERS, Access, AccessKey, AgentName, AgentRow, Answer, Asked, Asker, Budget,
+    CACHE_PLACES, Counters, Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf,
+    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -73,11 +73,51 @@ pub const HOOKS: [Expected; 6] = [
     },
 ];
 
+/// The programs that turn lookups to the DNS guard, beside what connect and egress do. They are
+/// attached while some agent uses names.
+pub const DNS_HOOKS: [Expected; 6] = [
+    Expected {
+        program: "remit_sendmsg4",
+        hook: "cgroup/sendmsg4",
+        attach_type: 14,
+    },
+    Expected {
+        program: "remit_sendmsg6",
+        hook: "cgroup/sendmsg6",
+        attach_type: 15,
+    },
+    Expected {
+        program: "remit_recvmsg4",
+        hook: "cgroup/recvmsg4",
+        attach_type: 19,
+    },
+    Expected {
+        program: "remit_recvmsg6",
+        hook: "cgroup/recvmsg6",
+        attach_type: 20,
+    },
+    Expected {
+        program: "remit_peer4",
+        hook: "cgroup/getpeername4",
+        attach_type: 29,
+    },
+    Expected {
+        program: "remit_peer6",
+        hook: "cgroup/getpeername6",
+        attach_type: 30,
+    },
+];
+
+/// Every hook of a fence, the DNS guard's last.
+pub fn all_hooks() -> impl Iterator<Item = Expected> {
+    HOOKS.into_iter().chain(DNS_HOOKS)
+}
+
 /// The unattached program that answers questions.
 pub const JUDGE: &str = "remit_judge";
 
 /// All programs of the object, those that the verifier takes longest for first.
-const LOADED: [&str; 7] = [
+const LOADED: [&str; 13] = [
     "remit_egress",
     JUDGE,
     "remit_connect4",
@@ -85,6 +125,12 @@ const LOADED: [&str; 7] = [
     "remit_create",
     "remit_bind4",
     "remit_bind6",
+    "remit_sendmsg4",
+    "remit_sendmsg6",
+    "remit_recvmsg4",
+    "remit_recvmsg6",
+    "remit_peer4",
+    "remit_peer6",
 ];
 
 /// A map: name, size of key and value in the kernel, entries.
@@ -101,12 +147,21 @@ pub struct Shape {
 }
 
 /// The maps whose entries follow from the registry's size.
-const SIZED: [&str; 9] = [
-    "claims", "agents", "names", "rows", "exacts", "prefixes", "rulesets", "counters", "budgets",
+const SIZED: [&str; 10] = [
+    "claims",
+    "agents",
+    "names",
+    "rows",
+    "exacts",
+    "prefixes",
+    "rulesets",
+    "counters",
+    "budgets",
+    "endpoints",
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 21] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 25] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -115,8 +170,16 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 21] {
         entries: Some(entries),
         is_sized: SIZED.contains(&name),
     };
+    let storage = |name, value| Shape {
+        name,
+        kind: MapType::SkStorage,
+        key: 4,
+        value,
+        entries: None,
+        is_sized: false,
+    };
     let scope = size_of::<ScopeKey>();
-    use MapType::{Array, Hash, LpmTrie, PerCpuArray, RingBuf, SkStorage};
+    use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray, RingBuf};
     [
         map("claims", Hash, 8, 4, capacity.claims),
         map("epoch", Array, 4, 8, 2),
@@ -164,14 +227,23 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 21] {
             capacity.agents,
         ),
         map("owners", Array, 4, size_of::<Owner>(), OWNERS),
-        Shape {
-            name: "tags",
-            kind: SkStorage,
-            key: 4,
-            value: size_of::<Tag>(),
-            entries: None,
-            is_sized: false,
-        },
+        storage("tags", size_of::<Tag>()),
+        map(
+            "endpoints",
+            Hash,
+            size_of::<EndpointKey>(),
+            size_of::<Endpoint>(),
+            capacity.claims,
+        ),
+        storage("guards", size_of::<Guardian>()),
+        storage("asked", size_of::<Asked>()),
+        map(
+            "askers",
+            LruHash,
+            size_of::<Asker>(),
+            size_of::<Asked>(),
+            ASKERS,
+        ),
         map("wakes", PerCpuArray, 4, 8, 1),
         map("events", RingBuf, 0, 0, RING_BYTES),
         map("question", Array, 4, size_of::<Question>(), 1),

@@ -45,9 +45,12 @@ pub enum Succession {
 
 /// Maps that go from set to set as they are, while their shape is the same. All others are this
 /// process's own to fill.
-const CARRIED: [&str; 9] = [
+const CARRIED: [&str; 12] = [
     "tags", "owners", "events", "folds", "budgets", "names", "counters", "access", "beyond",
+    "guards", "asked", "askers",
 ];
+/// Of those, the ones that older versions do not have, and that are made anew in no time.
+const RENEWED: [&str; 3] = ["guards", "asked", "askers"];
 /// Of those, the ones whose content is copied or summed up where their shape is another.
 const COPIED: [&str; 2] = ["names", "counters"];
 /// Maps that say what is allowed.
@@ -183,7 +186,9 @@ pub fn carry(old: &[Dir], set: &Path, capacity: &Capacity) -> io::Result<Vec<&'s
         };
         match old.iter().rev().find_map(fits) {
             Some(map) => sys::pin(map.fd().as_fd(), &set.join(shape.name))?,
-            None if old.is_empty() || COPIED.contains(&shape.name) => {}
+            None if old.is_empty()
+                || COPIED.contains(&shape.name)
+                || RENEWED.contains(&shape.name) => {}
             None => lost.push(shape.name),
         }
     }

@@ -493,6 +493,29 @@ pub fn test_run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
     Ok(attr.retval)
 }
 
+/// The cookie of the network namespace that a socket is in: what `bpf_get_netns_cookie` says.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: a live descriptor, and a buffer of the size that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(cookie)
+}
+
+/// `include/uapi/asm-generic/socket.h`, Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
 /// Boot time in nanoseconds: the clock of every deadline in the kernel's tables.
 pub fn boot_nanos() -> u64 {
     let mut now = libc::timespec {

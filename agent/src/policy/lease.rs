@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use agent_ebpf::abi::{Addr, Class, Effect, Reason};
+use agent_ebpf::abi::{Addr, Class, Effect, RULE_LEASED, Reason, Rule};
 
 use super::{
     assemble::RULES,
@@ -32,6 +32,8 @@ pub struct LeasedPorts {
     pub ports: Ports,
     /// Boot time in nanoseconds from which they are closed.
     pub deadline: u64,
+    /// Boot time in nanoseconds until which a TCP connection that is open then may go on.
+    pub open_until: u64,
     /// Index into [`AgentTables::entries`].
     pub entry: u32,
 }
@@ -53,6 +55,29 @@ pub struct LeasedRule {
     pub deadline: u64,
     /// Whether a lease says so; past its deadline the reason is `lease_expired`.
     pub leased: bool,
+    /// Of a lease: see [`LeasedPorts::open_until`].
+    pub open_until: u64,
+}
+
+impl LeasedRule {
+    /// As the kernel takes it.
+    pub fn rule(&self) -> Rule {
+        let tail = self.open_until.saturating_sub(self.deadline) / 1_000_000_000;
+        Rule {
+            deadline: self.deadline,
+            entry: self.entry,
+            low: self.low,
+            high: self.high,
+            class: self.class.map_or(0, |class| class as u8),
+            effect: self.effect as u8,
+            flags: if self.leased { RULE_LEASED } else { 0 },
+            tail: match self.leased {
+                true => u32::try_from(tail).unwrap_or(u32::MAX),
+                false => 0,
+            },
+            ..Rule::zeroed()
+        }
+    }
 }
 
 /// An address with more rules than the kernel takes.
@@ -207,6 +232,7 @@ fn merged(
             entry: rule.entry,
             deadline: clock.deadline(rule.expires),
             leased: false,
+            open_until: 0,
         })
         .collect();
     let leased: Vec<LeasedRule> = leases
@@ -224,6 +250,7 @@ fn merged(
                     entry: lease.entry,
                     deadline: lease.deadline,
                     leased: true,
+                    open_until: lease.open_until,
                 })
         })
         .collect();
@@ -243,10 +270,13 @@ fn merged(
         };
         let covers = |rule: &&LeasedRule| rule.low <= low && high <= rule.high;
         let said = standing.iter().find(covers);
-        let lease = leased
-            .iter()
-            .filter(covers)
-            .max_by_key(|lease| (lease.deadline, std::cmp::Reverse(lease.entry)));
+        let lease = leased.iter().filter(covers).max_by_key(|lease| {
+            (
+                lease.deadline,
+                lease.open_until,
+                std::cmp::Reverse(lease.entry),
+            )
+        });
         let chosen = match (said, lease) {
             (Some(said), _) if said.effect != Effect::Allow => said,
             (Some(said), Some(lease)) if said.deadline >= lease.deadline => said,
@@ -422,6 +452,7 @@ mod tests {
         let lease = |text: &[&str], after, entry| LeasedPorts {
             ports: ports(text),
             deadline: BOOT + after,
+            open_until: BOOT + after,
             entry,
         };
         let leases = [
@@ -447,6 +478,7 @@ mod tests {
         let lease = LeasedPorts {
             ports: Ports::all(),
             deadline: BOOT + 1,
+            open_until: BOOT + 1,
             entry: 0,
         };
         let rules = leased_rules(&agent(""), "203.0.113.7".parse().unwrap(), &[lease], &CLOCK);
@@ -458,6 +490,7 @@ mod tests {
         let lease = |port: u16| LeasedPorts {
             ports: ports(&[&format!("{}", port * 2)]),
             deadline: BOOT + 1,
+            open_until: BOOT + 1,
             entry: 0,
         };
         let leases: Vec<LeasedPorts> = (1..=65).map(lease).collect();

@@ -227,7 +227,7 @@ impl PortSpec {
     }
 
     /// An interval that is known to be one.
-    pub(super) const fn interval(class: Option<Class>, low: u16, high: u16) -> Self {
+    pub const fn interval(class: Option<Class>, low: u16, high: u16) -> Self {
         Self { class, low, high }
     }
 

@@ -30,6 +30,7 @@ names = {
     2004: "detection_finding",
     3004: "entity_management",
     4001: "network_activity",
+    4003: "dns_activity",
     5019: "device_config_state_change",
     6002: "application_lifecycle",
 }

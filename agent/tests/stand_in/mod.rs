@@ -176,6 +176,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                     revision: 7,
                     cgroups: Vec::new(),
                     note: None,
+                    lease: None,
                 };
                 answer(reply, Ok(explain));
             }
@@ -271,6 +272,8 @@ pub fn status(posture: Posture) -> Status {
             }),
             finding: None,
             hold: None,
+            leases: Vec::new(),
+            leased: 0,
             last_probe: None,
         }],
         findings: Vec::new(),

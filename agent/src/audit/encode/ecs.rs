@@ -107,6 +107,8 @@ pub fn encode(event: &Value) -> Value {
         }
     }
     out.put("remit.comment", at("/comment"));
+    out.put("dns.question.name", at("/query/hostname"));
+    out.put("dns.question.type", at("/query/type"));
     out.put("remit.entity.before", at("/entity"));
     out.put("remit.entity.after", at("/updated_entity"));
     out.put("remit.finding", at("/finding_info"));
@@ -122,7 +124,8 @@ fn categories(event: &Value) -> (&'static str, Vec<&'static str>) {
     ) {
         (4001, 5) => ("network", vec!["connection", "denied"]),
         (4001, _) => ("network", vec!["connection", "allowed"]),
-        (4003, _) => ("network", vec!["protocol", "info"]),
+        (4003, _) if event["action_id"] == 2 => ("network", vec!["protocol", "denied"]),
+        (4003, _) => ("network", vec!["protocol", "allowed"]),
         (3004, _) => ("iam", vec!["user", "change"]),
         (2003 | 2004, _) => ("configuration", vec!["info"]),
         (5019, _) => ("configuration", vec!["change"]),
@@ -135,7 +138,7 @@ fn categories(event: &Value) -> (&'static str, Vec<&'static str>) {
 fn outcome(event: &Value) -> &'static str {
     // The status of a denial is that of the attempt; the block itself succeeded.
     match (event["class_uid"].as_u64(), event["status"].as_str()) {
-        (Some(4001), _) => "success",
+        (Some(4001 | 4003), _) => "success",
         (_, Some("Success")) => "success",
         (_, Some("Failure")) => "failure",
         _ => "unknown",

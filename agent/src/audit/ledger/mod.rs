@@ -335,6 +335,13 @@ impl Ledger {
         account.rate += count;
     }
 
+    /// Whether the agent's allowance has room for a line that stands for no attempt in the kernel's
+    /// counters; it is taken.
+    pub fn admits(&mut self, now: u64, agent: u32) -> bool {
+        let allowance = self.allowance;
+        self.budget(now, agent).take(allowance)
+    }
+
     /// Closes the books of an agent whose number and counters the kernel has given up.
     pub fn forget(&mut self, agent: u32) {
         self.accounts.retain(|key, _| key.agent != agent);

@@ -47,7 +47,7 @@ impl Violation {
         self.agent
             .fields(&mut event, self.verdict == Verdict::Denied);
         event.insert("firewall_rule".to_owned(), self.rule());
-        event.insert("actor".to_owned(), self.actor());
+        event.insert("actor".to_owned(), actor(&self.agent, &self.process));
         event.insert("connection_info".to_owned(), self.connection());
         let src = self.src.filter(|src| !src.ip.is_unspecified());
         if src.is_some() || self.dst.is_none() {
@@ -105,53 +105,6 @@ impl Violation {
             "condition": entry.text,
             "desc": entry.place(),
         })
-    }
-
-    fn actor(&self) -> Value {
-        let mut actor = self.agent.actor();
-        let process = &self.process;
-        if process.pid == 0 {
-            return actor;
-        }
-        let mut value = json!({
-            "pid": process.pid,
-            "name": clean(process.name.as_bytes(), NAME_BYTES),
-        });
-        let command = process.cmd_line.as_deref();
-        put(
-            &mut value,
-            "cmd_line",
-            command.map(|line| clean(line.as_bytes(), COMMAND_BYTES)),
-        );
-        if let Some(exe) = &process.exe {
-            let path = clean(exe.as_bytes(), PATH_BYTES);
-            let name = path.rsplit('/').next().unwrap_or_default();
-            let mut file =
-                json!({ "name": name, "path": path, "type_id": 1, "type": "Regular File" });
-            put(&mut file, "is_deleted", process.exe_deleted.then_some(true));
-            put(&mut value, "file", Some(file));
-        }
-        if let Some(uid) = process.uid {
-            let mut user = json!({ "uid": uid.to_string() });
-            let name = process.user.as_deref();
-            put(
-                &mut user,
-                "name",
-                name.map(|name| clean(name.as_bytes(), NAME_BYTES)),
-            );
-            put(&mut value, "user", Some(user));
-        }
-        if let Some(parent) = &process.parent {
-            put(&mut value, "parent_process", Some(parent.to_ocsf()));
-        }
-        if !process.ancestors.is_empty() {
-            // OCSF's lineage begins with the parent.
-            let line = process.parent.iter().chain(&process.ancestors);
-            let line: Vec<Value> = line.map(Parent::to_ocsf).collect();
-            put(&mut value, "ancestry", Some(line));
-        }
-        put(&mut actor, "process", Some(value));
-        actor
     }
 
     fn connection(&self) -> Value {
@@ -354,7 +307,7 @@ impl Endpoint {
 
 impl ProcessInfo {
     /// Whether all of it could be read.
-    fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         !self.gone && self.pid != 0 && self.exe.is_some() && self.uid.is_some()
     }
 }
@@ -369,6 +322,52 @@ impl EntryRef {
         }
         format!("{}:{}", self.file, self.line)
     }
+}
+
+/// Who did it: the agent, and its process if that is known.
+pub(super) fn actor(agent: &Subject, process: &ProcessInfo) -> Value {
+    let mut actor = agent.actor();
+    if process.pid == 0 {
+        return actor;
+    }
+    let mut value = json!({
+        "pid": process.pid,
+        "name": clean(process.name.as_bytes(), NAME_BYTES),
+    });
+    let command = process.cmd_line.as_deref();
+    put(
+        &mut value,
+        "cmd_line",
+        command.map(|line| clean(line.as_bytes(), COMMAND_BYTES)),
+    );
+    if let Some(exe) = &process.exe {
+        let path = clean(exe.as_bytes(), PATH_BYTES);
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let mut file = json!({ "name": name, "path": path, "type_id": 1, "type": "Regular File" });
+        put(&mut file, "is_deleted", process.exe_deleted.then_some(true));
+        put(&mut value, "file", Some(file));
+    }
+    if let Some(uid) = process.uid {
+        let mut user = json!({ "uid": uid.to_string() });
+        let name = process.user.as_deref();
+        put(
+            &mut user,
+            "name",
+            name.map(|name| clean(name.as_bytes(), NAME_BYTES)),
+        );
+        put(&mut value, "user", Some(user));
+    }
+    if let Some(parent) = &process.parent {
+        put(&mut value, "parent_process", Some(parent.to_ocsf()));
+    }
+    if !process.ancestors.is_empty() {
+        // OCSF's lineage begins with the parent.
+        let line = process.parent.iter().chain(&process.ancestors);
+        let line: Vec<Value> = line.map(Parent::to_ocsf).collect();
+        put(&mut value, "ancestry", Some(line));
+    }
+    put(&mut actor, "process", Some(value));
+    actor
 }
 
 // === words ===

@@ -95,7 +95,9 @@ impl Violation {
 fn destination(hook: Hook, addr: Addr, protocol: u8, port: u16) -> Option<Endpoint> {
     match hook {
         Hook::SockCreate => None,
-        Hook::Connect4 | Hook::Connect6 | Hook::Egress => endpoint(addr, protocol, port),
+        Hook::Connect4 | Hook::Connect6 | Hook::SendMsg4 | Hook::SendMsg6 | Hook::Egress => {
+            endpoint(addr, protocol, port)
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod event;
 mod kernel;
+mod lookup;
 mod reached;
 #[cfg(test)]
 pub(super) mod tests;
@@ -15,7 +16,7 @@ use std::net::IpAddr;
 
 use agent_ebpf::abi::{Cause, Hook, Reason, Verdict, Witness};
 
-pub use self::{kernel::Context, reached::Reached};
+pub use self::{kernel::Context, lookup::Lookup, reached::Reached};
 use super::text::{NAME_BYTES, clean, until_nul};
 use crate::policy::tables::{AgentTables, Entry, UnixMillis};
 

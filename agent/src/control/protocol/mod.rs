@@ -166,6 +166,23 @@ pub struct AgentStatus {
     /// What its last probe came to; none since the daemon started.
     #[serde(default)]
     pub last_probe: Option<LastProbe>,
+    /// Addresses that names lead it to now, sorted by name; the first of them, if there are many.
+    #[serde(default)]
+    pub leases: Vec<Lease>,
+    /// How many there are.
+    #[serde(default)]
+    pub leased: u64,
+}
+
+/// An address that is open for a while, because a name in scope resolved to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The name; none where an earlier daemon resolved it.
+    pub name: Option<String>,
+    /// The address.
+    pub addr: IpAddr,
+    /// When new connections are refused again.
+    pub until_ms: UnixMillis,
 }
 
 /// A cgroup that an agent claims.
@@ -303,6 +320,10 @@ pub struct Explain {
     pub cgroups: Vec<String>,
     /// What else is worth saying, such as the cause of a fault.
     pub note: Option<String>,
+    /// The lease of the address that the answer hangs on, or hung on before it ended. The registry
+    /// knows names alone, so it says otherwise.
+    #[serde(default)]
+    pub lease: Option<Lease>,
 }
 
 /// What the attached egress program did with a packet, run on it from inside the agent's cgroup

@@ -440,5 +440,7 @@ pub fn image(tables: &AgentTables, clock: &Clock) -> Image {
         row: policy::row(tables, 0, clock),
         reach: tables.scope.reach.iter().map(place).collect(),
         serve: tables.scope.serve.iter().map(place).collect(),
+        leases: Vec::new(),
+        fresh: false,
     }
 }

@@ -79,6 +79,7 @@ impl<'a> Registry<'a> {
         let lease = LeasedPorts {
             ports: ports.iter().copied().collect(),
             deadline,
+            open_until: deadline,
             entry: agent_ebpf::abi::NO_ENTRY,
         };
         let rules = leased_rules(self.tables, addr, &[lease], &self.clock)?;

@@ -69,6 +69,8 @@ const SECOND: u64 = 1_000_000_000;
 pub struct Limits {
     /// The shortest lease, in nanoseconds.
     pub min_lease: u64,
+    /// What an open TCP connection may outlive its lease by, in nanoseconds.
+    pub max_lease: u64,
     /// Of one wildcard grant.
     pub budget: Limit,
     /// Of leases.
@@ -183,6 +185,11 @@ pub enum Why {
     Address(IpAddr),
     /// No room for another lease.
     Full,
+}
+
+/// The next whole second: leases that end alike share their rules in the kernel.
+fn whole_second(nanos: u64) -> u64 {
+    nanos.div_ceil(SECOND).saturating_mul(SECOND)
 }
 
 // === impl Guard ===
@@ -398,7 +405,7 @@ impl Guard {
             host: &forward.host,
             allowances,
             leases: &mut state.leases,
-            deadline: clock.boot_now_ns.saturating_add(span),
+            deadline: whole_second(clock.boot_now_ns.saturating_add(span)),
             seen: BTreeMap::new(),
             leased: BTreeSet::new(),
             refused: None,
@@ -418,6 +425,7 @@ impl Guard {
         };
         state.leases.drop_ended(clock.boot_now_ns);
         let leases = &state.leases;
+        let max_lease = self.limits.max_lease;
         let patterns: BTreeSet<String> = agent
             .names
             .iter()
@@ -427,7 +435,7 @@ impl Guard {
             .budgets
             .retain(|pattern, _| patterns.contains(pattern));
         let lease = |addr| {
-            let ports = leases.ports(agent, addr, clock);
+            let ports = leases.ports(agent, addr, max_lease, clock);
             // More rules than fit: then the scope's own stand, and the leases are not in force.
             let rules = policy::leased_rules(agent, addr, &ports, clock)
                 .or_else(|_too_many| policy::leased_rules(agent, addr, &[], clock))

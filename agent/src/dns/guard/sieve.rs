@@ -159,7 +159,8 @@ impl Sieve<'_> {
         if let Err(which) = added {
             return Err(full(self.overfull(which)));
         }
-        let ports = self.leases.ports(self.agent, addr, self.clock);
+        let max_lease = self.limits.max_lease;
+        let ports = self.leases.ports(self.agent, addr, max_lease, self.clock);
         if let Err(many) = policy::leased_rules(self.agent, addr, &ports, self.clock) {
             return Err(full(format!("{}: {many}", self.host)));
         }
@@ -263,7 +264,8 @@ impl Sieve<'_> {
             }
         };
         let leases = self.leased.iter().filter_map(|addr| {
-            let ports = self.leases.ports(self.agent, *addr, self.clock);
+            let max_lease = self.limits.max_lease;
+            let ports = self.leases.ports(self.agent, *addr, max_lease, self.clock);
             let rules = policy::leased_rules(self.agent, *addr, &ports, self.clock).ok()?;
             Some(AddressLease { addr: *addr, rules })
         });

@@ -22,6 +22,7 @@ const NOW: i64 = 1_790_812_800_000;
 const BOOT: u64 = 1 << 50;
 const LIMITS: Limits = Limits {
     min_lease: 60 * SECOND,
+    max_lease: 3_600_000_000_000,
     budget: Limit { names: 5 },
     bounds: Bounds {
         per_name: 4,
@@ -433,7 +434,7 @@ fn a_thousand_addresses_lease_as_many_as_the_bound() {
         report.text
     );
     assert!(
-        report.text.ends_with("the first ends in 61 s"),
+        report.text.ends_with("the first ends in 62 s"),
         "{}",
         report.text
     );

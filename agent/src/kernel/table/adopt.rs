@@ -9,7 +9,7 @@ use agent_ebpf::abi::{
     UNREGISTERED,
 };
 
-use super::{ApplyError, Installed, Place, Tables, UNREGISTERED_ID, name_bytes};
+use super::{ApplyError, Installed, Leased, Place, Tables, UNREGISTERED_ID, leases, name_bytes};
 
 /// Why a map could not be read.
 fn unread(map: &'static str) -> impl Fn(std::io::Error) -> ApplyError {
@@ -83,6 +83,7 @@ impl Tables {
                 row: None,
                 content: AgentRow::zeroed(),
                 entries: Vec::new(),
+                leases: HashMap::new(),
             };
             if let Some((_, content)) = contents.get(at as usize) {
                 installed.content = *content;
@@ -112,18 +113,27 @@ impl Tables {
                 self.next_policy = self.next_policy.max(place.policy() + 1);
             }
             let owner = place.prefix().and_then(|_| owners.get(&place.policy()));
-            let Some(installed) = owner.and_then(|agent| self.in_force.get_mut(agent)) else {
+            let Some(agent) = owner.filter(|agent| self.in_force.contains_key(agent)) else {
                 nobodys.push(place);
                 continue;
             };
-            installed.entries.push((place, leaf));
-            let set = leaf.set;
+            let (agent, set) = (*agent, leaf.set);
             self.count(place, 1);
             if !self.sets.holds(set) {
                 let chain = self.chain(&blocks, set);
                 self.sets.adopt(set, &chain, &mut owned);
             }
             self.sets.uses(set);
+            let is_leased = self.sets.rules(set).is_some_and(leases::is_leased);
+            let Some(installed) = self.in_force.get_mut(&agent) else {
+                continue;
+            };
+            if is_leased && place.bits.is_none() && place.key.space & SERVE == 0 {
+                let held = Leased { leaf, base: None };
+                installed.leases.insert(place, held);
+            } else {
+                installed.entries.push((place, leaf));
+            }
         }
         self.sets.adopted(&owned);
         for installed in self.in_force.values_mut() {

@@ -50,7 +50,7 @@ impl Tables {
         let places: usize = self
             .in_force
             .values()
-            .map(|installed| 3 + installed.entries.len())
+            .map(|installed| 3 + installed.places().count())
             .sum();
         places + self.attributed.len()
     }
@@ -111,7 +111,7 @@ impl Tables {
     pub(super) fn users_of_chains(&self) -> HashMap<u32, Vec<u32>> {
         let mut users: HashMap<u32, Vec<u32>> = HashMap::new();
         for (agent, installed) in &self.in_force {
-            for (_, leaf) in &installed.entries {
+            for (_, leaf) in installed.places() {
                 let of = users.entry(leaf.set).or_default();
                 if of.last() != Some(agent) {
                     of.push(*agent);
@@ -243,8 +243,8 @@ impl Report<'_> {
         let all: Vec<(Option<u32>, &Installed)> = retired.chain(in_force).collect();
         for (agent, installed) in all {
             policies.extend(agent.map(|agent| (installed.content.policy, agent)));
-            for (place, leaf) in &installed.entries {
-                wanted.insert(*place, (*leaf, agent));
+            for (place, leaf) in installed.places() {
+                wanted.insert(place, (leaf, agent));
             }
         }
         for (place, leaf) in found {

@@ -5,6 +5,7 @@
 mod adopt;
 mod claims;
 mod inspect;
+mod leases;
 mod loan;
 mod repair;
 mod stage;
@@ -71,6 +72,17 @@ struct Installed {
     content: AgentRow,
     /// Keys, and what they point to.
     entries: Vec<(Place, Leaf)>,
+    /// Exact addresses with leases, which stand before those of `entries`.
+    leases: HashMap<Place, Leased>,
+}
+
+/// The rules of an address with leases worked in.
+#[derive(Clone, Copy, Debug)]
+struct Leased {
+    /// What is in force there.
+    leaf: Leaf,
+    /// What `entries` have for the same key, if anything.
+    base: Option<Leaf>,
 }
 
 /// How an adopted agent's state in the kernel differed from the registry.
@@ -267,6 +279,11 @@ impl Tables {
     /// The index that stands for an agent in the kernel, if it has one.
     pub fn index_of(&self, id: &str) -> Option<u32> {
         self.index.get(id).copied()
+    }
+
+    /// The agent that an index stands for.
+    pub fn id_of(&self, index: u32) -> Option<&str> {
+        self.ids.get(&index).map(String::as_str)
     }
 
     /// All agents that have an index.
@@ -481,11 +498,13 @@ impl Tables {
             row: Some(row),
             content,
             entries: Vec::new(),
+            leases: HashMap::new(),
         };
         // After an error it may point there or not, so the new row is not given out again.
         put("agents", &self.agents, index, word)?;
         if let Some(mut old) = self.in_force.remove(&index) {
             installed.entries = std::mem::take(&mut old.entries);
+            installed.leases = std::mem::take(&mut old.leases);
             self.retired.push((Instant::now(), old));
         }
         self.in_force.insert(index, installed);
@@ -534,7 +553,11 @@ impl Tables {
 
     /// Removes what nothing points to.
     fn remove(&mut self, installed: Installed) {
-        if let Err(error) = self.delete_all(installed.entries.iter().map(|(place, _)| place)) {
+        let only_leased = installed.leases.iter();
+        let only_leased = only_leased.filter(|(_, held)| held.base.is_none());
+        let places = installed.entries.iter().map(|(place, _)| place);
+        let places = places.chain(only_leased.map(|(place, _)| place));
+        if let Err(error) = self.delete_all(places) {
             tracing::warn!(message = "Stale scope entries could not be removed.", %error);
         }
         self.forget(installed);
@@ -542,6 +565,12 @@ impl Tables {
 
     /// Gives back what a policy has taken of the room there is; its keys are not in the maps.
     fn forget(&mut self, installed: Installed) {
+        for (place, held) in &installed.leases {
+            if held.base.is_none() {
+                self.count(*place, -1);
+            }
+            self.sets.release(held.leaf.set);
+        }
         for (place, leaf) in installed.entries {
             self.count(place, -1);
             self.sets.release(leaf.set);
@@ -565,6 +594,15 @@ impl Tables {
         for (_, set) in old {
             self.sets.release(set);
         }
+    }
+}
+
+impl Installed {
+    /// Every key in the kernel, and what it points to.
+    fn places(&self) -> impl Iterator<Item = (Place, Leaf)> {
+        let base = self.entries.iter().copied();
+        let unleased = base.filter(|(place, _)| !self.leases.contains_key(place));
+        unleased.chain(self.leases.iter().map(|(place, held)| (*place, held.leaf)))
     }
 }
 

@@ -24,7 +24,7 @@ impl Tables {
         let known: HashSet<Place> = self
             .in_force
             .values()
-            .flat_map(|installed| installed.entries.iter().map(|(place, _)| *place))
+            .flat_map(|installed| installed.places().map(|(place, _)| place))
             .collect();
         let owners: BTreeMap<u64, u32> = self
             .in_force
@@ -136,6 +136,8 @@ impl Tables {
             row: installed.content,
             reach: Vec::new(),
             serve: Vec::new(),
+            leases: self.leased_in(installed),
+            fresh: false,
         };
         for (place, leaf) in &installed.entries {
             let rules = self.sets.rules(leaf.set)?.iter();

@@ -1,7 +1,7 @@
 //! New policies: first planned, in memory alone, then written all at once and read back, and only
 //! then pointed to.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
 use agent_ebpf::abi::{AgentRow, Leaf, ROW_INDEX_BITS, Rule, RuleSet, SERVE, ScopeKey};
 
@@ -16,7 +16,7 @@ use crate::kernel::{
 #[derive(Default)]
 pub(super) struct Writes {
     blocks: Vec<(u32, RuleSet)>,
-    exacts: Vec<(ScopeKey, Leaf)>,
+    pub(super) exacts: Vec<(ScopeKey, Leaf)>,
     prefixes: Vec<(PrefixKey, Leaf)>,
     rows: Vec<(u32, AgentRow)>,
 }
@@ -113,6 +113,7 @@ impl Tables {
                 ..image.row
             },
             entries: Vec::with_capacity(image.reach.len() + image.serve.len()),
+            leases: HashMap::new(),
         };
         if let Err(error) = self.plan_into(image, &mut installed, writes) {
             self.forget(installed);
@@ -141,6 +142,7 @@ impl Tables {
                 }
             }
         }
+        self.plan_leases(image, installed, writes)?;
         let row = self.take_row()?;
         installed.row = Some(row);
         installed.word = self.next_word << ROW_INDEX_BITS | u64::from(row);
