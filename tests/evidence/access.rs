@@ -65,7 +65,11 @@ pub fn cases() -> Vec<Case> {
                 eventually(8, || {
                     let sum = sums(&fx, "alpha", to, 17)?;
                     // Where processors are emulated, up to a tenth was seen to go uncounted on 6.1.
-                    let least = if scale::emulated() { wanted / 2 } else { wanted };
+                    let least = if scale::emulated() {
+                        wanted / 2
+                    } else {
+                        wanted
+                    };
                     claim((least..=wanted).contains(&sum.packets), || {
                         format!("packets by UDP: found {}, wanted {wanted}", sum.packets)
                     })?;

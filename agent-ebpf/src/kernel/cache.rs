@@ -99,7 +99,9 @@ pub(super) use set;
 #[inline(always)]
 fn slot(place: *mut Slots, number: usize) -> *mut Slot {
     // SAFETY: a checked map value; nothing is read.
-    unsafe { (&raw mut (*place).slots).cast::<Slot>().add(number) }
+    let slots = unsafe { &raw mut (*place).slots }.cast::<Slot>();
+    // SAFETY: callers ask for the first or the second.
+    unsafe { slots.add(number) }
 }
 
 /// Whether a slot is about this question, whatever it says.
@@ -109,7 +111,11 @@ fn is_about(slot: *mut Slot, question: &Question<'_>, flow: u32) -> bool {
     // SAFETY: a checked map value; nothing is read yet.
     let addr = unsafe { &raw const (*slot).addr }.cast::<u64>();
     // SAFETY: the address lies at a multiple of eight within the slot; see `get`.
-    let (first, second) = unsafe { (addr.read_volatile(), addr.add(1).read_volatile()) };
+    let first = unsafe { addr.read_volatile() };
+    // SAFETY: its other half.
+    let second = unsafe { addr.add(1) };
+    // SAFETY: as above.
+    let second = unsafe { second.read_volatile() };
     get!(slot.cgroup) == question.cgroup
         && second == low
         && first == high

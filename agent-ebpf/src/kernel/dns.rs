@@ -340,7 +340,9 @@ fn is_guarded_skb(ctx: &SkBuffContext, packet: &Packet, endpoint: u64, agent: u3
 #[inline(never)]
 fn note(packet: &Packet, asked: *mut Asked, now: u64) -> u32 {
     // SAFETY: the storage of a socket that the packet holds; other packets of it write the same.
-    unsafe { (&raw mut (*asked).time).write_volatile(now) };
+    let time = unsafe { &raw mut (*asked).time };
+    // SAFETY: as above.
+    unsafe { time.write_volatile(now) };
     // SAFETY: as above.
     let asked: &Asked = unsafe { &*asked };
     let asker = Asker {
@@ -352,7 +354,7 @@ fn note(packet: &Packet, asked: *mut Asked, now: u64) -> u32 {
     };
     // From storage to map without a copy on the stack, of which 6.1 has too little.
     // Where it cannot be noted the question is nobody's, and refused.
-    let _lost = ASKERS_MAP.insert(&asker, asked, 0);
+    let _lost = ASKERS_MAP.insert(asker, asked, 0);
     hide32(0)
 }
 

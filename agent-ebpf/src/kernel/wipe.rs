@@ -10,8 +10,10 @@ pub fn wiped<T: zerocopy::FromBytes>(place: &mut MaybeUninit<T>) -> &mut T {
     let words = place.as_mut_ptr().cast::<u32>();
     // All shared types are whole words, and aligned to words at least.
     for at in 0..size_of::<T>() / size_of::<u32>() {
-        // SAFETY: within the place; volatile, or the compiler would make it a `memset` again.
-        unsafe { words.add(at).write_volatile(0) };
+        // SAFETY: within the place.
+        let word = unsafe { words.add(at) };
+        // SAFETY: as above; volatile, or the compiler would make it a `memset` again.
+        unsafe { word.write_volatile(0) };
     }
     // SAFETY: zeroes are a value of every `FromBytes` type.
     unsafe { place.assume_init_mut() }

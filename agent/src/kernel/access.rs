@@ -28,15 +28,22 @@ pub struct Accesses {
     book: Book,
 }
 
+/// CPU, place, slot, and its tenant's number.
+type Tenancy = (usize, u32, usize, u32);
+/// Agent, protocol and port, and the address.
+type Flow = (u32, u32, [u32; 4]);
+/// Bytes, packets, connections.
+type Sums = [u64; 3];
+
 /// The book, for the next daemon.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
     /// Id of the map `cache` that it is about; no two maps of a boot have the same.
     map: u32,
     /// CPU, place, slot, tenancy; bytes, packets, connections told.
-    told: Vec<((usize, u32, usize, u32), [u64; 3])>,
+    told: Vec<(Tenancy, Sums)>,
     /// Agent, flow, address; bytes, packets, connections owed.
-    owed: Vec<((u32, u32, [u32; 4]), [u64; 3])>,
+    owed: Vec<(Flow, Sums)>,
 }
 
 /// What was told from slots, and is not in the map yet. Pure.

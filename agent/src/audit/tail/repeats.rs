@@ -184,11 +184,11 @@ mod tests {
         assert_eq!(told(&repeats.put(event(5_000, "a", 1, None))), [(5_000, 1)]);
         let other = json!({ "class_uid": 3004, "time": 5_001 });
         for _ in 0..2 {
-            assert_eq!(repeats.put(other.clone()), [other.clone()]);
+            assert_eq!(repeats.put(other.clone()), std::slice::from_ref(&other));
         }
         let lost = json!({ "class_uid": 4001, "time": 1, "unmapped": { "lost": { "rate": 2 } } });
         for _ in 0..2 {
-            assert_eq!(repeats.put(lost.clone()), [lost.clone()]);
+            assert_eq!(repeats.put(lost.clone()), std::slice::from_ref(&lost));
         }
     }
 
