@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{probe_of, probed, reconciled};
 use crate::{
-    harness::Case,
+    harness::{Case, Outcome},
     support::{
         Agent, Ctx, Fixture,
         bpf::{Open, Pinned},
@@ -16,6 +16,7 @@ use crate::{
         daemon::Settings,
         eventually, expect,
         netlink::{LO, link_down},
+        scale,
         tamper::Pins,
     },
 };
@@ -26,7 +27,13 @@ pub fn cases() -> Vec<Case> {
         Case::new("proof::probe_passes_with_all_its_evidence", passes),
         Case::new("proof::probe_goes_by_the_registry", by_the_registry),
         Case::new("proof::probe_of_the_unreachable_is_unknown", unreachable),
-        Case::new("proof::probe_with_a_broken_log_fails", broken_log),
+        Case::with_outcome("proof::probe_with_a_broken_log_fails", |ctx| {
+            if scale::emulated() {
+                let why = "a folder in the log's place cannot be opened as one on this file system";
+                return Ok(Outcome::NotTested(why.to_owned()));
+            }
+            broken_log(ctx).map(|()| Outcome::Passed)
+        }),
         Case::new("proof::probe_that_fails_on_schedule_denies", scheduled),
     ]
 }

@@ -132,8 +132,12 @@ pub fn remit_egress(ctx: SkBuffContext) -> i32 {
         }
         is_told = packet::complete(&bytes, packet);
     }
-    let cause = if is_told { 0 } else { read(&ctx, packet) };
-    slowly(&ctx, cgroup, packet, hide32(cause))
+    let cause = if is_told {
+        settle(Ok(()), packet)
+    } else {
+        read(&ctx, packet)
+    };
+    slowly(&ctx, cgroup, packet, cause)
 }
 
 /// What the cache does not know. Inlined: its frame would be one too many for Linux 6.1, which has

@@ -208,6 +208,10 @@ impl Core {
             let Ok(now) = self.hierarchy.cgroup_of(pid) else {
                 return;
             };
+            // Born, or come back, since the list was made.
+            if now.is_within(claimed) {
+                return;
+            }
             let back = claimed.clone();
             let agent = self.claims.get(claimed).map(|(_, agent)| *agent);
             let difference = Found {
