@@ -34,14 +34,8 @@ const FOLDERS: [&str; 4] = ["/usr/bin", "/bin", "/usr/sbin", "/sbin"];
 /// All cases here.
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::with_outcome("evidence::followers_have_every_line_once", |ctx| {
-            if scale::emulated() && !scale::full() {
-                let why = "it does not depend on the kernel, and takes long here";
-                return Ok(Outcome::NotTested(why.to_owned()));
-            }
-            followers(ctx).map(|()| Outcome::Passed)
-        }),
-        Case::new("evidence::from_attempt_to_printed_line", latency),
+        Case::new("evidence::followers_have_every_line_once", followers).once(),
+        Case::new("evidence::from_attempt_to_printed_line", latency).once(),
         Case::with_outcome("evidence::logrotate_as_the_snippet_has_it", logrotate),
     ]
 }

@@ -20,7 +20,7 @@ pub mod sweep;
 
 pub use need::Need;
 
-use crate::support::Ctx;
+use crate::support::{Ctx, scale};
 
 /// What came of a case that neither failed nor panicked.
 pub enum Outcome {
@@ -61,6 +61,22 @@ impl Case {
             needs: vec![Need::Root, Need::CgroupV2, Need::Remit],
             deadline: Duration::from_secs(40),
             run: Box::new(run),
+        }
+    }
+
+    /// For a claim that shows the same on every kernel: in a VM, where all takes ten times as long,
+    /// it is not tested but in the full runs.
+    pub fn once(self) -> Self {
+        let run = self.run;
+        Self {
+            run: Box::new(move |ctx| {
+                if scale::emulated() && !scale::full() {
+                    let why = "it does not depend on the kernel, and takes long here";
+                    return Ok(Outcome::NotTested(why.to_owned()));
+                }
+                run(ctx)
+            }),
+            ..self
         }
     }
 

@@ -21,12 +21,16 @@ use crate::{
 /// All cases.
 pub fn cases() -> Vec<Case> {
     let mut cases = probe::cases();
-    cases.extend(faults::cases());
-    cases.extend(guard::cases());
-    cases.extend(host::cases());
-    cases.extend(outside::cases());
     cases.extend(questions::cases());
-    cases.extend(scale::cases());
+    for more in [
+        faults::cases(),
+        guard::cases(),
+        host::cases(),
+        outside::cases(),
+        scale::cases(),
+    ] {
+        cases.extend(more.into_iter().map(Case::once));
+    }
     cases
 }
 
