@@ -92,6 +92,7 @@ const COMMANDS: &[&str] = &[
     "guard",
     "agents",
     "tail",
+    "top",
     "log",
     "suspend",
     "resume",

@@ -287,6 +287,12 @@ pub fn status(posture: Posture) -> Status {
     }
 }
 
+/// When the evidence is from: just now, and the same for all who ask.
+static CHECKED: std::sync::LazyLock<i64> = std::sync::LazyLock::new(|| {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    i64::try_from(now.unwrap().as_millis()).unwrap()
+});
+
 fn guard(name: &str, state: GuardState) -> Guard {
     Guard {
         name: name.to_owned(),
@@ -294,13 +300,7 @@ fn guard(name: &str, state: GuardState) -> Guard {
         root: Some("/agents.slice".to_owned()),
         state,
         evidence: "link 12, program 44".to_owned(),
-        checked_ms: i64::try_from(
-            std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .unwrap()
-                .as_millis(),
-        )
-        .unwrap(),
+        checked_ms: *CHECKED,
         link_id: Some(12),
         prog_id: Some(44),
         run_cnt: None,
