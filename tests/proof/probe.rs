@@ -26,7 +26,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("proof::probe_passes_with_all_its_evidence", passes),
         Case::new("proof::probe_goes_by_the_registry", by_the_registry),
-        Case::new("proof::probe_of_the_unreachable_is_unknown", unreachable),
+        Case::new("proof::probe_of_the_unreachable_is_unknown", unreachable).once(),
         Case::with_outcome("proof::probe_with_a_broken_log_fails", |ctx| {
             if scale::emulated() {
                 let why = "a folder in the log's place cannot be opened as one on this file system";
