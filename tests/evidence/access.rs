@@ -64,9 +64,10 @@ pub fn cases() -> Vec<Case> {
             for (to, headers) in [(v4, 28), (v6, 48)] {
                 eventually(8, || {
                     let sum = sums(&fx, "alpha", to, 17)?;
-                    // Where processors are emulated, up to a tenth was seen to go uncounted on 6.1.
+                    // Not explained yet: where processors are emulated, 1,373 of 12,000 once went
+                    // uncounted on 6.1.
                     let least = if scale::emulated() {
-                        wanted / 2
+                        wanted * 3 / 4
                     } else {
                         wanted
                     };

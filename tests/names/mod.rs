@@ -9,8 +9,8 @@ use crate::{
         Op, Reply,
         lookup::{A, Manner, Said, question, read},
     },
-    harness::{Case, Outcome},
-    support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect, scale},
+    harness::Case,
+    support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect},
 };
 
 mod clients;
@@ -40,13 +40,7 @@ pub fn cases() -> Vec<Case> {
 
 /// A case that shows the same on every kernel: in an emulated machine it only takes long.
 fn once(name: &str, run: impl Fn(&mut Ctx) -> Result<()> + 'static) -> Case {
-    Case::with_outcome(format!("names::{name}"), move |ctx| {
-        if scale::emulated() && !scale::full() {
-            let why = "it does not depend on the kernel, and takes long here";
-            return Ok(Outcome::NotTested(why.to_owned()));
-        }
-        run(ctx).map(|()| Outcome::Passed)
-    })
+    Case::new(format!("names::{name}"), run).once()
 }
 
 /// A resolver as agents name it: nobody listens there.

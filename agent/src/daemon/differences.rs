@@ -107,12 +107,7 @@ impl Core {
             let claims = survey.claims.into_iter();
             wanted.extend(claims.map(|claim| (claim.path, (claim.id, claim.agent))));
         }
-        let ids: HashMap<u32, String> = self
-            .enforcer
-            .indices()
-            .into_iter()
-            .map(|(id, index)| (index, id))
-            .collect();
+        let ids = self.ids();
         let mut push = |kind, path: &CgroupPath, agent: u32, found: String, must: String| {
             let difference = Found {
                 kind,
@@ -190,14 +185,15 @@ impl Core {
         all
     }
 
+    /// The agents' ids by their numbers in the kernel.
+    fn ids(&self) -> HashMap<u32, String> {
+        let indices = self.enforcer.indices().into_iter();
+        indices.map(|(id, index)| (index, id)).collect()
+    }
+
     /// Processes outside that belong inside.
     fn outside(&mut self, all: &mut Vec<(Found, Cure)>) {
-        let ids: HashMap<u32, String> = self
-            .enforcer
-            .indices()
-            .into_iter()
-            .map(|(id, index)| (index, id))
-            .collect();
+        let ids = self.ids();
         let mut inside: HashMap<u32, CgroupPath> = HashMap::new();
         for path in self.claims.keys() {
             let there = self.hierarchy.processes(path, true).unwrap_or_default();
