@@ -38,6 +38,11 @@ fn main() -> Result<()> {
     // SAFETY: a build script's main thread, before any other thread exists. The variable lets the
     // child cargo use `-Z build-std` on the stable toolchain; it is set for nobody else.
     unsafe { env::set_var("RUSTC_BOOTSTRAP", "1") };
+    // The object must not depend on who builds it. An incremental build leaves inlining to LLVM
+    // alone; with rustc's own beside it the verifier follows up to twice the instructions
+    // (tests/budget.toml).
+    // SAFETY: a build script's main thread, before any other thread exists.
+    unsafe { env::set_var("CARGO_INCREMENTAL", "1") };
     let toolchain = env::var("REMIT_BPF_TOOLCHAIN").or_else(|_| env::var("RUSTUP_TOOLCHAIN"));
     let next = env::var_os("CARGO_FEATURE_ABI_NEXT").map(|_| "abi-next");
     aya_build::build_ebpf(

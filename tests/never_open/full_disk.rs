@@ -2,7 +2,7 @@
 //! force stays in force, what is decided takes effect, and what could not be written is told.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{ErrorKind, Write as _},
     path::Path,
 };
@@ -42,6 +42,8 @@ pub fn cases() -> Vec<Case> {
                 fire.expect_flip(wide)?;
                 if round == rounds / 2 {
                     fire.fx.daemon.kill()?;
+                    // As if it had been killed in the middle of a line, and no room for its end.
+                    tear(&ctx.dir().join("log/violations.jsonl"))?;
                     fire.fx.daemon.restart()?;
                     fire.expect_flip(wide)?;
                 }
@@ -129,9 +131,19 @@ fn grow(at: &Path) -> Result<()> {
 
 /// Takes all space that is left.
 fn fill(dir: &Path) -> Result<()> {
-    let mut file = File::create(dir.join("filler"))?;
+    pour(&mut File::create(dir.join("filler"))?, 512)
+}
+
+/// Takes all space that is left in a file's last page, and ends it in the middle of a line.
+fn tear(file: &Path) -> Result<()> {
+    pour(&mut OpenOptions::new().append(true).open(file)?, 1)
+}
+
+/// Writes until nothing more fits, in pieces of `size` bytes.
+fn pour(file: &mut File, size: usize) -> Result<()> {
+    let piece = vec![b'x'; size];
     loop {
-        match file.write(&[0; 512]) {
+        match file.write(&piece) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::StorageFull => return Ok(()),
             Err(error) => return Err(error).context("cannot fill the disk"),

@@ -190,6 +190,8 @@ pub fn object(workspace: &Workspace) -> Result<PathBuf> {
         .cargo(&arguments)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags)
+        // As agent/build.rs has it.
+        .env("CARGO_INCREMENTAL", "1")
         .run()?;
     Ok(target.join(BPF_TARGET).join("release").join(OBJECT))
 }

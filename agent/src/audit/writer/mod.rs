@@ -151,7 +151,7 @@ impl Log {
             fragments: Vec::new(),
             trouble: None,
         };
-        log.mend()?;
+        log.mend_or_note();
         Ok(log)
     }
 
@@ -226,7 +226,8 @@ impl Log {
     /// where that file's end.
     pub fn reopen(&mut self) -> Result<(), LogError> {
         self.open = Open::at(&self.path, self.numbered)?;
-        self.mend()
+        self.mend_or_note();
+        Ok(())
     }
 
     /// How many files were found to end in the middle of a line since the last call: a crash or a
@@ -305,6 +306,14 @@ impl Log {
             self.torn += 1;
         }
         Ok(())
+    }
+
+    /// Like [`Self::mend`]. On a full disk the end waits until the next line, for which there is no
+    /// room either: no reason not to open.
+    fn mend_or_note(&mut self) {
+        if let Err(error) = self.mend() {
+            self.trouble = Some(error);
+        }
     }
 
     /// Renames the file and those before it by one, and starts a new one.
