@@ -5,10 +5,11 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
+    num::NonZeroUsize,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
-    sync::mpsc,
+    sync::{Mutex, OnceLock, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +32,7 @@ const QEMU: &str = "qemu-system-x86_64";
 /// A test that says nothing for so long hangs, also on emulated processors of a busy machine.
 const SILENCE: Duration = Duration::from_secs(180);
 /// No kernel's tests take longer than this on emulated processors.
-const WHOLE: Duration = Duration::from_secs(40 * 60);
+const WHOLE: Duration = Duration::from_secs(60 * 60);
 /// The same for tests in their full length.
 const FULL: Limits = Limits {
     silence: Duration::from_secs(90 * 60),
@@ -39,6 +40,8 @@ const FULL: Limits = Limits {
 };
 /// Boots that are tried anew when the emulator failed.
 const RETRIES: usize = 2;
+/// A test waits more than it works, so two VMs at a time end sooner than one after the other.
+const JOBS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
 /// Ample for a kernel that runs on real processors to get as far as looking for its root.
 const PROBE: Duration = Duration::from_secs(20);
 
@@ -60,6 +63,9 @@ pub struct Options {
     /// Look for newer kernels instead of taking the cached ones
     #[arg(long)]
     refresh: bool,
+    /// VMs that run at the same time; emulated, two of them keep two cores busy
+    #[arg(long, default_value_t = JOBS, value_name = "N")]
+    jobs: NonZeroUsize,
     /// Memory of a VM in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     mem: u32,
@@ -80,6 +86,7 @@ impl Options {
             full: false,
             list: false,
             refresh: false,
+            jobs: JOBS,
             mem: 1024,
             init: None,
             verbose,
@@ -117,8 +124,8 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Boots every chosen kernel, one after the other. The static programs must have been built.
-/// Whatever keeps a kernel from running is that place's state, not an error of the whole.
+/// Boots the chosen kernels, as many at a time as asked for. The static programs must have been
+/// built. Whatever keeps a kernel from running is that place's state, not an error of the whole.
 pub fn run(workspace: &Workspace, options: &Options) -> Result<Vec<Place>> {
     if let Some(filter) = &options.filter {
         ensure!(
@@ -137,31 +144,63 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<Vec<Place>> {
         &["qemu-system-x86"],
         "to boot kernels for the tests",
     );
-    let mut places = Vec::new();
-    for wanted in wanted {
-        let began = Instant::now();
-        let mut kernel_name = "-".to_owned();
-        let state = match &qemu {
-            Err(error) => State::NotTested(format!("{error:#}")),
-            Ok(()) => match kernels::ensure(workspace, wanted, options.refresh) {
-                Err(error) => State::NotTested(format!("no kernel: {error:#}")),
-                Ok(kernel) => {
-                    kernel_name.clone_from(&kernel.release);
-                    let findings = boot(workspace, &kernel, options);
-                    State::Ran(findings.unwrap_or_else(|error| Findings::broken(&error)))
-                }
-            },
+    let mut guests = Vec::new();
+    // Fetched one after the other: apt stands no company.
+    for wanted in &wanted {
+        let kernel = match &qemu {
+            Err(error) => Err(format!("{error:#}")),
+            Ok(()) => kernels::ensure(workspace, wanted, options.refresh)
+                .map_err(|error| format!("no kernel: {error:#}")),
         };
-        let place = Place {
-            name: format!("VM {}", wanted.name),
-            kernel: kernel_name,
-            state,
-            took: began.elapsed(),
-        };
-        talk::note(&place.closing());
-        places.push(place);
+        guests.push(match kernel {
+            Err(why) => Err(why),
+            Ok(kernel) => Ok(Guest {
+                accelerator: Accelerator::find(&folder, &kernel)?,
+                initramfs: initramfs(workspace, &kernel, options.init.as_deref())?,
+                log: folder.join(format!("{}.log", kernel.name)),
+                kernel,
+            }),
+        });
     }
-    Ok(places)
+    let places: Vec<OnceLock<Place>> = wanted.iter().map(|_| OnceLock::new()).collect();
+    // The newest first: its verifier makes it the longest.
+    let waiting: Mutex<Vec<usize>> = Mutex::new((0..wanted.len()).collect());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    thread::scope(|scope| {
+        for _ in 0..options.jobs.get() {
+            scope.spawn(|| {
+                while let Some(index) = next() {
+                    let place = place(wanted[index], guests[index].as_ref(), options);
+                    talk::note(&place.closing());
+                    // Each index is handed out once.
+                    drop(places[index].set(place));
+                }
+            });
+        }
+    });
+    Ok(places
+        .into_iter()
+        .filter_map(OnceLock::into_inner)
+        .collect())
+}
+
+/// What becomes of one kernel.
+fn place(wanted: &Wanted, guest: Result<&Guest, &String>, options: &Options) -> Place {
+    let began = Instant::now();
+    let (release, state) = match guest {
+        Err(why) => ("-", State::NotTested(why.clone())),
+        Ok(guest) => {
+            let findings = guest.run(options);
+            let findings = findings.unwrap_or_else(|error| Findings::broken(&error));
+            (guest.kernel.release.as_str(), State::Ran(findings))
+        }
+    };
+    Place {
+        name: format!("VM {}", wanted.name),
+        kernel: release.to_owned(),
+        state,
+        took: began.elapsed(),
+    }
 }
 
 /// Places for kernels that are not booted at all, so that the table still names them.
@@ -191,48 +230,53 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Wanted>> {
         .collect())
 }
 
-fn boot(workspace: &Workspace, kernel: &Kernel, options: &Options) -> Result<Findings> {
-    let folder = workspace.vm();
-    let accelerator = Accelerator::find(&folder, kernel)?;
-    let image = folder.join("initramfs.cpio");
-    fs::write(
-        &image,
-        initramfs(workspace, kernel, options.init.as_deref())?,
-    )
-    .with_context(|| format!("cannot write {}", image.display()))?;
-    let filter = match &options.filter {
-        Some(filter) => format!(" remit.filter={filter}"),
-        None => String::new(),
-    };
-    let full = if options.full { " remit.full" } else { "" };
-    let log = folder.join(format!("{}.log", kernel.name));
-    let show = Show {
-        name: &format!("VM {}", kernel.name),
-        log: &log,
-        verbose: options.verbose,
-    };
-    let lean = Limits {
-        silence: SILENCE,
-        whole: WHOLE,
-    };
-    let limits = if options.full { &FULL } else { &lean };
-    for retry in 0..=RETRIES {
-        let mut qemu = machine(kernel, accelerator, options.mem);
-        qemu.arg("-initrd").arg(&image);
-        qemu.args([
-            "-append",
-            &format!("console=ttyS0 panic=-1 quiet{filter}{full}"),
-        ]);
-        let findings = watch::run(qemu, limits, &show)?;
-        if accelerator != Accelerator::Tcg || retry == RETRIES || !emulator_failed(&log) {
-            return Ok(findings);
+/// A VM that is ready to boot.
+struct Guest {
+    kernel: Kernel,
+    accelerator: Accelerator,
+    initramfs: PathBuf,
+    log: PathBuf,
+}
+
+impl Guest {
+    /// Boots it and reads its report.
+    fn run(&self, options: &Options) -> Result<Findings> {
+        let filter = match &options.filter {
+            Some(filter) => format!(" remit.filter={filter}"),
+            None => String::new(),
+        };
+        let full = if options.full { " remit.full" } else { "" };
+        let show = Show {
+            name: &format!("VM {}", self.kernel.name),
+            log: &self.log,
+            verbose: options.verbose,
+        };
+        let lean = Limits {
+            silence: SILENCE,
+            whole: WHOLE,
+        };
+        let limits = if options.full { &FULL } else { &lean };
+        for retry in 0..=RETRIES {
+            let mut qemu = machine(&self.kernel, self.accelerator, options.mem);
+            qemu.arg("-initrd").arg(&self.initramfs);
+            qemu.args([
+                "-append",
+                &format!("console=ttyS0 panic=-1 quiet{filter}{full}"),
+            ]);
+            let findings = watch::run(qemu, limits, &show)?;
+            if self.accelerator != Accelerator::Tcg
+                || retry == RETRIES
+                || !emulator_failed(&self.log)
+            {
+                return Ok(findings);
+            }
+            talk::note(&format!(
+                "{}: the emulator ran a breakpoint that the kernel had taken away; booting again",
+                self.kernel.name
+            ));
         }
-        talk::note(&format!(
-            "{}: the emulator ran a breakpoint that the kernel had taken away; booting again",
-            kernel.name
-        ));
+        bail!("no boot of {} was tried", self.kernel.name)
     }
-    bail!("no boot of {} was tried", kernel.name)
 }
 
 /// Whether the kernel died of an `int3` of its own. It patches code that runs (static keys) by way
@@ -245,7 +289,8 @@ fn emulator_failed(log: &Path) -> bool {
     })
 }
 
-fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Result<Vec<u8>> {
+/// Writes the kernel's initramfs, and says where it is.
+fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Result<PathBuf> {
     let mut archive = Archive::new()?;
     match init {
         Some(init) => archive.program("init", init)?,
@@ -262,7 +307,10 @@ fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Res
         archive.tree("policies", &policies)?;
     }
     archive.tree("modules", &kernel.modules)?;
-    archive.finish()
+    let image = workspace.vm().join(format!("{}.cpio", kernel.name));
+    fs::write(&image, archive.finish()?)
+        .with_context(|| format!("cannot write {}", image.display()))?;
+    Ok(image)
 }
 
 /// QEMU with everything but the initramfs and the kernel's command line.

@@ -12,8 +12,11 @@ pub const CACHE_PLACES: u32 = 512;
 /// One packet in [`super::Slot::passed`]. The bytes below it are 64 GiB and the packets above it 268
 /// million, more than one processor sends in the second that a slot lives.
 pub const PACKET: u64 = 1 << 36;
-/// Destinations of all agents together that the daemon has not taken yet: it does once a second.
-/// What finds no room is counted.
+/// Bytes of the ring `used`: 4 MiB hold 74,000 records, which the daemon takes every few
+/// milliseconds while there are any.
+pub const USED_BYTES: u32 = 4 << 20;
+/// Destinations of all agents together that found no room in that ring and that the daemon has not
+/// taken yet: it does once a second. What finds no room here is counted.
 pub const ACCESS_ENTRIES: u32 = 65_536;
 /// Slots of the per-CPU memory of whose a cgroup is (a power of two): 8 KiB a CPU.
 pub const HOMES: u32 = 256;

@@ -19,8 +19,8 @@ pub use word::*;
 /// Version of everything in this module. It is part of the pin path, so that two layouts never
 /// meet; bump it in the commit that changes a type, a map or their meaning.
 ///
-/// Another version's tags, owners, events, folds, budgets, names, counters, access and beyond are taken over while
-/// their sizes are the same: what changes the meaning of one must change its size as well, or its
+/// Another version's tags, owners, events, folds, budgets, names, counters, used, access and beyond
+/// are taken over while their sizes are the same: what changes the meaning of one must change its size as well, or its
 /// name.
 pub const ABI_VERSION: u32 = if cfg!(feature = "abi-next") {
     CURRENT + 1
@@ -78,6 +78,7 @@ pub const FINGERPRINT: u64 = {
         size_of::<Slots>(),
         size_of::<AccessKey>(),
         size_of::<Access>(),
+        size_of::<Usage>(),
         core::mem::offset_of!(Slot, passed),
         size_of::<Home>(),
         core::mem::offset_of!(Slot, agent),

@@ -1,6 +1,6 @@
 //! Map values.
 
-use super::{Addr, REASONS, RULES_PER_SET, shared};
+use super::{AccessKey, Addr, REASONS, RULES_PER_SET, shared};
 
 shared! {
     /// One port interval of one protocol class, at one address. The compiler resolves precedence:
@@ -117,6 +117,14 @@ shared! {
         pub packets: u64,
         /// Connections.
         pub connections: u64,
+    }
+
+    /// Record in `used`: what was used of one destination, as [`Access`] of `access` has it.
+    pub struct Usage {
+        /// Who, and which destination.
+        pub key: AccessKey,
+        /// How much.
+        pub used: Access,
     }
 
     /// Value of `homes`, per CPU: whose a cgroup was found to be.

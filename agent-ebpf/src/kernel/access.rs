@@ -1,6 +1,6 @@
 //! What agents reach, and how much: counted in the slots of the allow cache, where a hit has just
-//! been, and carried from there to a map when the slot goes to another tenant or is written anew,
-//! which is once a second for a flow that lasts.
+//! been, and carried from there to the daemon when the slot goes to another tenant or is written
+//! anew, which is once a second for a flow that lasts.
 //!
 //! A hit adds without a lock: of two contexts of a CPU that meet within a nanosecond one packet may
 //! go uncounted or be counted to the slot's next tenant. That is the price of costing nothing;
@@ -8,13 +8,15 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use agent_ebpf::abi::{Access, AccessKey, Addr, PACKET, Slot};
+use agent_ebpf::abi::{Access, AccessKey, Addr, PACKET, Slot, Usage};
 
 use super::{
     cache::{REFUSAL, get, set},
-    maps::{ACCESS, BEYOND},
+    maps::{ACCESS, BEYOND, USED},
 };
 
+/// The daemon comes by itself.
+const NO_WAKEUP: u64 = 1;
 /// A value that is there already is left alone.
 const BPF_NOEXIST: u64 = 1;
 
@@ -58,25 +60,47 @@ pub fn connected(slot: *mut Slot) {
     set!(slot.extra = connections);
 }
 
-/// Carries what the tenant of a slot used to the map. The slot is being written: nobody adds.
+/// Carries what the tenant of a slot used to the daemon. The slot is being written: nobody adds.
 #[inline(never)]
 pub fn carry(slot: *mut Slot) -> i32 {
     let (passed, connections) = (get!(slot.passed), get!(slot.extra));
-    if get!(slot.flow) & REFUSAL != 0 || (passed == 0 && connections == 0) {
+    let flow = get!(slot.flow);
+    if flow & REFUSAL != 0 || (passed == 0 && connections == 0) {
         return 0;
     }
-    let key = AccessKey {
-        agent: get!(slot.agent),
-        flow: get!(slot.flow),
-        addr: Addr {
-            words: [
-                get!(slot.addr.words[0]),
-                get!(slot.addr.words[1]),
-                get!(slot.addr.words[2]),
-                get!(slot.addr.words[3]),
-            ],
+    let usage = Usage {
+        key: AccessKey {
+            agent: get!(slot.agent),
+            flow,
+            addr: Addr {
+                words: [
+                    get!(slot.addr.words[0]),
+                    get!(slot.addr.words[1]),
+                    get!(slot.addr.words[2]),
+                    get!(slot.addr.words[3]),
+                ],
+            },
+        },
+        used: Access {
+            bytes: passed & (PACKET - 1),
+            packets: passed / PACKET,
+            connections: u64::from(connections),
         },
     };
+    match USED.reserve::<Usage>(0) {
+        Some(mut record) => {
+            record.write(usage);
+            record.submit(NO_WAKEUP);
+            0
+        }
+        None => sum_up(&usage),
+    }
+}
+
+/// The way without room in the ring.
+#[inline(never)]
+fn sum_up(usage: &Usage) -> i32 {
+    let key = &usage.key;
     let place = match ACCESS.get_ptr_mut(key) {
         Some(place) => Some(place),
         None => {
@@ -93,12 +117,12 @@ pub fn carry(slot: *mut Slot) -> i32 {
         },
     };
     // SAFETY: a field of a checked map value.
-    add(unsafe { &raw mut (*place).bytes }, passed & (PACKET - 1));
+    add(unsafe { &raw mut (*place).bytes }, usage.used.bytes);
     // SAFETY: as above.
-    add(unsafe { &raw mut (*place).packets }, passed / PACKET);
+    add(unsafe { &raw mut (*place).packets }, usage.used.packets);
     // SAFETY: as above.
     let began = unsafe { &raw mut (*place).connections };
-    add(began, u64::from(connections));
+    add(began, usage.used.connections);
     0
 }
 

@@ -26,6 +26,8 @@ use crate::{
 
 /// Destinations taken from the kernel at a time: whoever gives an order waits for it.
 const TURN: usize = 4096;
+/// Records in the kernel's ring that are no reason to look again before the second is over.
+const FEW: usize = 64;
 /// Destinations of one agent that are told one by one each time; the others in one line.
 const EACH: usize = 1000;
 /// A day's worth of lines is counted anew after this.
@@ -51,6 +53,8 @@ pub struct AccessBook {
     log: Option<Log>,
     every: Duration,
     sums: Sums,
+    /// Whether the ring had more than a few records when it was looked at last.
+    is_busy: bool,
     since: UnixMillis,
     written: Instant,
     /// Bytes of each agent's lines since the day began.
@@ -77,6 +81,7 @@ impl AccessBook {
             log: opened,
             every: log.access.unwrap_or(Duration::MAX),
             sums: Sums::new(),
+            is_busy: false,
             since: wall_millis(),
             written: Instant::now(),
             spent: BTreeMap::new(),
@@ -89,6 +94,11 @@ impl AccessBook {
     /// Opens the log anew.
     pub fn reopen(&mut self) -> Result<(), LogError> {
         self.log.as_mut().map_or(Ok(()), Log::reopen)
+    }
+
+    /// Whether the kernel's ring fills faster than once a second empties it.
+    pub fn is_busy(&self) -> bool {
+        self.is_busy
     }
 
     fn put(&mut self, agent: &str, to: Destination, access: Access) {
@@ -145,6 +155,13 @@ impl Core {
         }
     }
 
+    /// Empties the kernel's ring.
+    pub(super) fn drain_access(&mut self) {
+        if self.access.log.is_some() {
+            self.access.is_busy = self.enforcer.accesses().drain() > FEW;
+        }
+    }
+
     fn take_access(&mut self, all: bool) {
         let ids: BTreeMap<u32, String> = self
             .enforcer
@@ -152,6 +169,7 @@ impl Core {
             .into_iter()
             .map(|(id, index)| (index, id))
             .collect();
+        self.drain_access();
         let accesses = self.enforcer.accesses();
         let mut taken = accesses.carried(TURN);
         if all {

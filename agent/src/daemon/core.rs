@@ -454,14 +454,15 @@ impl Core {
     /// Takes in records.
     pub fn drain(&mut self) {
         self.recorder.drain(&mut self.enforcer);
+        self.drain_access();
         let unguarded = self.recorder.take_unguarded();
         self.unguarded(&unguarded);
     }
 
-    /// Whether records came in within the last second. Then there may be more without a wake-up: a
+    /// Whether records came in within the last second, or are likely to. Then there may be more without a wake-up: a
     /// CPU wakes the daemon at most once a millisecond. The first after a pause always does.
     pub fn hears(&self) -> bool {
-        self.recorder.heard_within(SETTLE_EVERY)
+        self.recorder.heard_within(SETTLE_EVERY) || self.access.is_busy()
     }
 
     /// Once a second. Returns whether the tables were written anew.

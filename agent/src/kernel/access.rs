@@ -1,8 +1,8 @@
 //! What agents reached, taken from the kernel: see the kernel side's `access.rs`.
 //!
-//! A slot of the allow cache is carried to the map when it is written anew, so what a quiet flow sent
-//! last lies in its slot for as long as nobody else wants that. It is told from there, and what was
-//! told is taken off what the map later says of the same destination. The next daemon needs that book:
+//! A slot of the allow cache is carried to a ring when it is written anew, or to a map where the ring
+//! is full, so what a quiet flow sent last lies in its slot for as long as nobody else wants that. It
+//! is told from there, and what was told is taken off what is later carried of the same destination. The next daemon needs that book:
 //! without it, it tells what lies in the slots once more.
 
 use std::{
@@ -11,20 +11,27 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use agent_ebpf::abi::{Access, AccessKey, Addr, CACHE_PLACES, PACKET, Slot, Slots};
-use aya::maps::{HashMap as KernelHash, MapData, PerCpuArray};
+use agent_ebpf::abi::{
+    ACCESS_ENTRIES, Access, AccessKey, Addr, CACHE_PLACES, PACKET, Slot, Slots, USED_BYTES, Usage,
+};
+use aya::maps::{HashMap as KernelHash, MapData, PerCpuArray, RingBuf};
 use serde::{Deserialize, Serialize};
-use zerocopy::{FromZeros as _, IntoBytes as _};
+use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
 /// The maps, and what was told of them.
 pub struct Accesses {
     /// The map `access` once more, for a call that the library does not make.
     taking: OwnedFd,
+    used: RingBuf<MapData>,
     access: KernelHash<MapData, AccessKey, Access>,
     beyond: PerCpuArray<MapData, Access>,
     cache: PerCpuArray<MapData, Slots>,
     /// Its id.
     map: u32,
+    /// What came out of the ring and was not asked for yet.
+    carried: HashMap<AccessKey, Access>,
+    /// What of that found no room.
+    lost: Access,
     book: Book,
 }
 
@@ -61,16 +68,20 @@ impl Accesses {
     /// Over these maps.
     pub fn new(
         taking: OwnedFd,
+        used: RingBuf<MapData>,
         access: KernelHash<MapData, AccessKey, Access>,
         beyond: PerCpuArray<MapData, Access>,
         (cache, map): (PerCpuArray<MapData, Slots>, u32),
     ) -> Self {
         Self {
             taking,
+            used,
             access,
             beyond,
             cache,
             map,
+            carried: HashMap::new(),
+            lost: Access::zeroed(),
             book: Book::default(),
         }
     }
@@ -114,7 +125,30 @@ impl Accesses {
         }
     }
 
-    /// What was carried to the map since the last call, of `most` destinations.
+    /// Empties the ring. Returns how many records were in it.
+    pub fn drain(&mut self) -> usize {
+        // What is in the ring now is in it once at most: whoever fills it holds nobody up.
+        let most = USED_BYTES as usize / size_of::<Usage>();
+        for taken in 0..most {
+            let Some(record) = self.used.next() else {
+                return taken;
+            };
+            // Of another size are those of another ABI, which `open` has excluded.
+            let Ok(usage) = Usage::read_from_bytes(&record) else {
+                continue;
+            };
+            if let Some(sum) = self.carried.get_mut(&usage.key) {
+                *sum = add(*sum, usage.used);
+            } else if self.carried.len() < ACCESS_ENTRIES as usize {
+                self.carried.insert(usage.key, usage.used);
+            } else {
+                self.lost = add(self.lost, usage.used);
+            }
+        }
+        most
+    }
+
+    /// What was carried since the last call; of the map's destinations `most`.
     pub fn carried(&mut self, most: usize) -> io::Result<Vec<(AccessKey, Access)>> {
         let keys: Vec<AccessKey> = self
             .access
@@ -123,6 +157,12 @@ impl Accesses {
             .collect::<Result<_, _>>()
             .map_err(io::Error::other)?;
         let mut taken = Vec::new();
+        for (key, used) in self.carried.drain() {
+            let news = self.book.pay(&key, used);
+            if news != Access::zeroed() {
+                taken.push((key, news));
+            }
+        }
         for key in keys {
             let mut value = Access::new_zeroed();
             let map = self.taking.as_fd();
@@ -171,9 +211,9 @@ impl Accesses {
         Ok(found)
     }
 
-    /// What found no room in the map, of all agents, since the map was made.
+    /// What found no room, of all agents, since the map was made.
     pub fn beyond(&self) -> Access {
-        let mut sum = Access::zeroed();
+        let mut sum = self.lost;
         if let Ok(values) = self.beyond.get(&0, 0) {
             for value in values.iter() {
                 sum = add(sum, *value);

@@ -266,6 +266,7 @@ impl Enforcer {
         let taking = taking.2.try_clone().map_err(unusable(&plan.set))?;
         let accesses = Accesses::new(
             taking,
+            typed(&mut ebpf, "used")?,
             typed(&mut ebpf, "access")?,
             typed(&mut ebpf, "beyond")?,
             (typed(&mut ebpf, "cache")?, object::id_of(&maps, "cache")),

@@ -10,7 +10,7 @@ use std::{
 use agent_ebpf::abi::{
     ACCESS_ENTRIES, ASKERS, Access, AccessKey, AgentName, AgentRow, Answer, Asked, Asker, Budget,
     CACHE_PLACES, Counters, Endpoint, EndpointKey, FOLD_SLOTS, Fold, Guardian, HOMES, Home, Leaf,
-    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag,
+    OWNERS, Owner, Question, RING_BYTES, RuleSet, ScopeKey, Slots, Tag, USED_BYTES,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -161,7 +161,7 @@ const SIZED: [&str; 10] = [
 ];
 
 /// Every map of the object.
-pub fn shapes(capacity: &Capacity) -> [Shape; 25] {
+pub fn shapes(capacity: &Capacity) -> [Shape; 26] {
     let map = |name, kind, key, value, entries| Shape {
         name,
         kind,
@@ -209,6 +209,7 @@ pub fn shapes(capacity: &Capacity) -> [Shape; 25] {
             size_of::<Access>(),
             ACCESS_ENTRIES,
         ),
+        map("used", RingBuf, 0, 0, USED_BYTES),
         map("beyond", PerCpuArray, 4, size_of::<Access>(), 1),
         map("homes", PerCpuArray, 4, size_of::<Home>(), HOMES),
         map(

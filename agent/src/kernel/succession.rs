@@ -45,12 +45,12 @@ pub enum Succession {
 
 /// Maps that go from set to set as they are, while their shape is the same. All others are this
 /// process's own to fill.
-const CARRIED: [&str; 12] = [
-    "tags", "owners", "events", "folds", "budgets", "names", "counters", "access", "beyond",
+const CARRIED: [&str; 13] = [
+    "tags", "owners", "events", "folds", "budgets", "names", "counters", "used", "access", "beyond",
     "guards", "asked", "askers",
 ];
 /// Of those, the ones that older versions do not have, and that are made anew in no time.
-const RENEWED: [&str; 3] = ["guards", "asked", "askers"];
+const RENEWED: [&str; 4] = ["used", "guards", "asked", "askers"];
 /// Of those, the ones whose content is copied or summed up where their shape is another.
 const COPIED: [&str; 2] = ["names", "counters"];
 /// Maps that say what is allowed.
