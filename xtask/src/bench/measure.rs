@@ -199,9 +199,9 @@ pub fn object(workspace: &Workspace) -> Result<PathBuf> {
 // === impl Effort ===
 
 impl Effort {
-    /// Enough for the third digit on a quiet machine: 300 cycles of 10 ms slices.
+    /// Enough for the third digit on a quiet machine: 600 cycles of 10 ms slices.
     pub const FULL: Self = Self {
-        rounds: 6,
+        rounds: 12,
         cycles: 50,
         slice_us: 10_000,
         quick: false,
