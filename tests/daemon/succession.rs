@@ -289,6 +289,7 @@ fn images(ctx: &Ctx, agents: &[Agent]) -> Result<Vec<Image>> {
 const TUNING: Tuning = Tuning {
     kernel_log: 0,
     events_per_second: 200,
+    accounts: true,
 };
 
 /// With so many single addresses.

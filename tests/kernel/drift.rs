@@ -27,6 +27,7 @@ use crate::{
 const TUNING: Tuning = Tuning {
     kernel_log: 0,
     events_per_second: 200,
+    accounts: true,
 };
 /// What is retired is removed after this.
 const GRACE: Duration = Duration::from_millis(1100);

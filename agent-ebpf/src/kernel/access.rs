@@ -12,7 +12,7 @@ use agent_ebpf::abi::{Access, AccessKey, Addr, PACKET, Slot, Usage};
 
 use super::{
     cache::{REFUSAL, get, set},
-    maps::{ACCESS, BEYOND, USED},
+    maps::{ACCESS, BEYOND, USED, accounts},
 };
 
 /// The daemon comes by itself.
@@ -65,7 +65,7 @@ pub fn connected(slot: *mut Slot) {
 pub fn carry(slot: *mut Slot) -> i32 {
     let (passed, connections) = (get!(slot.passed), get!(slot.extra));
     let flow = get!(slot.flow);
-    if flow & REFUSAL != 0 || (passed == 0 && connections == 0) {
+    if flow & REFUSAL != 0 || (passed == 0 && connections == 0) || !accounts() {
         return 0;
     }
     let usage = Usage {

@@ -145,6 +145,17 @@ pub static SKB_CURRENT: u8 = 0;
 #[unsafe(no_mangle)]
 pub static EVENT_RATE: u64 = 200;
 
+/// Whether what agents reach is told to the daemon: 1, or 0. Set at load from `log.access`.
+#[unsafe(no_mangle)]
+pub static ACCOUNTS: u8 = 1;
+
+/// Whether [`ACCOUNTS`] is set; volatile, as below.
+#[inline(always)]
+pub fn accounts() -> bool {
+    // SAFETY: a static that lives for ever, frozen before the program runs.
+    unsafe { core::ptr::read_volatile(&raw const ACCOUNTS) != 0 }
+}
+
 /// Value of [`SKB_CURRENT`]; volatile, since the loader changes it behind the compiler's back.
 #[inline(always)]
 pub fn skb_current() -> u8 {

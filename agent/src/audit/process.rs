@@ -37,6 +37,8 @@ pub struct Processes {
     stamp: Option<SystemTime>,
     /// What was seen of late, newest last.
     seen: VecDeque<(Instant, ProcessInfo)>,
+    /// For how long what was read is taken for what would be read.
+    fresh: Duration,
 }
 
 /// Ancestors that are looked at: an agent may nest as deep as it likes.
@@ -45,6 +47,9 @@ const ANCESTORS: usize = 8;
 const SEEN: usize = 256;
 /// How long. No id comes round so soon: the kernel hands them out in order.
 const SEEN_FOR: Duration = Duration::from_secs(5);
+/// Reading a process takes a dozen files, a tenth of a millisecond: one that tries without pause is
+/// not read anew for each line. Between an attempt and its line there may be as much.
+const FRESH_FOR: Duration = Duration::from_millis(20);
 
 impl Default for Processes {
     fn default() -> Self {
@@ -63,6 +68,7 @@ impl Processes {
             users: HashMap::new(),
             stamp: None,
             seen: VecDeque::new(),
+            fresh: FRESH_FOR,
         }
     }
 
@@ -77,6 +83,9 @@ impl Processes {
         if process.pid == 0 {
             return process;
         }
+        if let Some(known) = self.known(&process, self.fresh) {
+            return known;
+        }
         let user = process.uid.and_then(|uid| self.user(uid));
         let process = ProcessInfo { user, ..process };
         match self.look(&process) {
@@ -84,7 +93,7 @@ impl Processes {
                 self.remember(found.clone());
                 found
             }
-            None => self.recall(&process).unwrap_or(ProcessInfo {
+            None => self.known(&process, SEEN_FOR).unwrap_or(ProcessInfo {
                 gone: true,
                 ..process
             }),
@@ -99,13 +108,15 @@ impl Processes {
         }
     }
 
-    /// The process as it was when it was last seen alive. One that has executed something else
-    /// since has another name, and is not taken for it.
-    fn recall(&self, process: &ProcessInfo) -> Option<ProcessInfo> {
+    /// The process as it was when it was last seen alive, if that is not longer ago. One that has
+    /// executed something else since has another name, and is not taken for it, nor one of another
+    /// user.
+    fn known(&self, process: &ProcessInfo, within: Duration) -> Option<ProcessInfo> {
         let (_, known) = self.seen.iter().rev().find(|(at, known)| {
-            at.elapsed() < SEEN_FOR
-                && known.pid == process.pid
+            known.pid == process.pid
+                && at.elapsed() < within
                 && (process.name.is_empty() || known.name == process.name)
+                && (process.uid.is_none() || known.uid == process.uid)
         })?;
         Some(ProcessInfo {
             witness: process.witness,
@@ -332,7 +343,8 @@ mod tests {
             "root:x:0:0::/:\nbill:x:1007:7::/:\nx:x:1007:\n",
         )
         .unwrap();
-        let processes = Processes::new(dir.path(), &dir.path().join("passwd"));
+        let mut processes = Processes::new(dir.path(), &dir.path().join("passwd"));
+        processes.fresh = Duration::ZERO;
         (dir, processes)
     }
 
@@ -376,6 +388,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_just_read_is_not_read_anew() {
+        let (dir, mut processes) = fake(&stat_of("x", "S", 1, 4_711));
+        let first = processes.enrich(record(7));
+        fs::write(dir.path().join("7/cmdline"), "wget\0").unwrap();
+        processes.fresh = Duration::from_secs(3600);
+        assert_eq!(processes.enrich(record(7)), first);
+        let of_another = ProcessInfo {
+            uid: Some(4),
+            ..record(7)
+        };
+        let command = |info: ProcessInfo| info.cmd_line.unwrap();
+        assert_eq!(command(processes.enrich(of_another)), "wget");
+        processes.fresh = Duration::ZERO;
+        assert_eq!(command(processes.enrich(record(7))), "wget");
+    }
+
+    #[test]
     fn secrets_in_arguments_are_masked() {
         let (dir, processes) = fake(&stat_of("x", "S", 1, 4_711));
         let command = dir.path().join("7/cmdline");
@@ -395,6 +424,7 @@ mod tests {
             .unwrap();
         let record = || ProcessInfo::from_record(child.id(), b"sleep", None, Witness::Current);
         let mut processes = Processes::default();
+        processes.fresh = Duration::ZERO;
         // Until it has executed: a fork still has our own name.
         let alive = std::iter::repeat_with(|| processes.enrich(record()))
             .find(|found| {

@@ -168,6 +168,7 @@ impl Core {
         let tuning = Tuning {
             kernel_log: options.kernel_log,
             events_per_second: settings.log.per_agent_rate,
+            accounts: settings.log.access.is_some(),
         };
         let capacity = capacity(settings, &images);
         let mut roots = Vec::new();
@@ -568,6 +569,8 @@ pub(super) fn open_alone(
     let tuning = Tuning {
         kernel_log: 0,
         events_per_second,
+        // Nobody would read it.
+        accounts: false,
     };
     Ok(Enforcer::open(
         EMBEDDED,

@@ -132,6 +132,8 @@ pub struct Tuning {
     pub kernel_log: u8,
     /// Events a second that one agent may emit on one CPU.
     pub events_per_second: u32,
+    /// Whether what agents reach is counted for [`Enforcer::accesses`].
+    pub accounts: bool,
 }
 
 /// The object in the kernel, its maps and the fences on roots.

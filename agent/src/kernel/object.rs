@@ -326,11 +326,13 @@ pub fn load(
     let shapes = shapes(capacity);
     let current: u8 = skb_current();
     let log_level: u8 = tuning.kernel_log;
+    let accounts = u8::from(tuning.accounts);
     let event_rate = u64::from(tuning.events_per_second.max(1));
     let mut loader = loader();
     loader
         .override_global("SKB_CURRENT", &current, true)
         .override_global("EVENT_RATE", &event_rate, true)
+        .override_global("ACCOUNTS", &accounts, true)
         .override_global("AYA_LOG_LEVEL", &log_level, false);
     for shape in &shapes {
         if let Some(entries) = shape.entries {

@@ -34,6 +34,7 @@ use crate::{
 const TUNING: Tuning = Tuning {
     kernel_log: 0,
     events_per_second: 200,
+    accounts: true,
 };
 /// Agents of the first comparison, and questions about each.
 const AGENTS: usize = 200;

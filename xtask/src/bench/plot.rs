@@ -108,6 +108,15 @@ impl Scale {
     }
 }
 
+/// A whole number in few letters, for labels that stand close together.
+fn short(number: u32) -> String {
+    match number {
+        1_000_000.. if number.is_multiple_of(1_000_000) => format!("{}M", number / 1_000_000),
+        10_000.. if number.is_multiple_of(1_000) => format!("{}k", number / 1_000),
+        _ => thousands(number),
+    }
+}
+
 /// As few digits as tell ticks apart.
 fn label(value: f64) -> String {
     let value = if value.abs() < 0.0005 { 0.0 } else { value };
@@ -348,7 +357,7 @@ fn curves(
             (place(*at), bottom + 16.0),
             "middle",
             &style,
-            &thousands(*at),
+            &short(*at),
         );
     }
     if let Some(point) = points.first() {
@@ -405,6 +414,12 @@ mod tests {
         };
         let ticks: Vec<String> = scale.ticks().into_iter().map(label).collect();
         assert_eq!(ticks, ["1", "1.1", "1.2"]);
+    }
+
+    #[test]
+    fn large_numbers_are_short() {
+        let short: Vec<String> = [12, 1_000, 10_000, 100_000, 1_000_000].map(short).into();
+        assert_eq!(short, ["12", "1,000", "10k", "100k", "1M"]);
     }
 
     #[test]
