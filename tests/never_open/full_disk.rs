@@ -136,7 +136,13 @@ fn fill(dir: &Path) -> Result<()> {
 
 /// Takes all space that is left in a file's last page, and ends it in the middle of a line.
 fn tear(file: &Path) -> Result<()> {
-    pour(&mut OpenOptions::new().append(true).open(file)?, 1)
+    let mut file = OpenOptions::new().append(true).open(file)?;
+    // The beginning of a line, and a long one.
+    match file.write(b"\"") {
+        Ok(_) => pour(&mut file, 1),
+        Err(error) if error.kind() == ErrorKind::StorageFull => Ok(()),
+        Err(error) => Err(error).context("cannot tear the log"),
+    }
 }
 
 /// Writes until nothing more fits, in pieces of `size` bytes.
