@@ -29,6 +29,8 @@ pub use wake::Wake;
 const CHUNK: u64 = 256 << 10;
 /// Files that are known to have been read.
 const REMEMBERED: usize = 64;
+/// Files that are looked at once more after they were left.
+const LINGERING: usize = 4;
 
 /// Which lines are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +74,9 @@ pub struct Tail {
     /// Files to read before the one at the path, the next one last.
     queue: Vec<File>,
     current: Option<Current>,
+    /// Files that were left last, still open: whoever writes may have looked at the path before it
+    /// was moved, and write after.
+    left: VecDeque<Current>,
     /// Files read to their end of late: device and inode, and when they were last written to.
     read: VecDeque<((u64, u64), SystemTime)>,
     skipped: u64,
@@ -119,6 +124,7 @@ impl Tail {
             filter,
             queue: Vec::new(),
             current: None,
+            left: VecDeque::new(),
             read: VecDeque::new(),
             skipped: 0,
         };
@@ -132,6 +138,10 @@ impl Tail {
     /// it, ask again. Returns after about a quarter of a mebibyte, so that a large log passes
     /// through little memory.
     pub fn read(&mut self) -> Result<Vec<Line>, TailError> {
+        let late = self.late()?;
+        if !late.is_empty() {
+            return Ok(late);
+        }
         loop {
             if self.current.is_none() && !self.advance()? {
                 return Ok(Vec::new());
@@ -141,24 +151,39 @@ impl Tail {
             };
             // Asked before reading: what is written between the two is in the old file.
             let moved = !self.queue.is_empty() || is_moved(&self.path, current.identity);
-            let mut bytes = Vec::new();
-            let mut part = (&current.file).take(CHUNK);
-            part.read_to_end(&mut bytes).map_err(|source| TailError {
+            let news = current.read(&self.filter);
+            let Some((lines, skipped)) = news.map_err(|source| TailError {
                 path: self.path.clone(),
                 source,
-            })?;
-            if bytes.is_empty() {
+            })?
+            else {
                 if !moved {
                     return Ok(Vec::new());
                 }
                 self.leave();
                 continue;
-            }
-            let lines = self.split(&bytes);
+            };
+            self.skipped += skipped;
             if !lines.is_empty() {
                 return Ok(lines);
             }
         }
+    }
+
+    /// What was written to files after they were left.
+    fn late(&mut self) -> Result<Vec<Line>, TailError> {
+        let mut late = Vec::new();
+        for left in &mut self.left {
+            let news = left.read(&self.filter).map_err(|source| TailError {
+                path: self.path.clone(),
+                source,
+            })?;
+            if let Some((lines, skipped)) = news {
+                late.extend(lines);
+                self.skipped += skipped;
+            }
+        }
+        Ok(late)
     }
 
     /// Lines that did not parse, since the last call.
@@ -187,7 +212,7 @@ impl Tail {
     /// rotated, however often meanwhile, and however they are named now. All are opened at once, so
     /// that further rotation does not change what is read.
     fn written_later(&self) -> Result<Vec<File>, TailError> {
-        let Some((_, left)) = self.read.back() else {
+        let Some(left) = self.left_at() else {
             return match open(&self.path) {
                 Ok(file) => Ok(vec![file]),
                 // Between a rotation and the next line there is no file.
@@ -197,26 +222,44 @@ impl Tail {
         };
         let mut files = by_age(&self.path)?;
         files.retain(|file| {
-            // The number of a file that was removed may be another's now, but not its time as well.
-            let was_read = self.read.contains(&(file.identity, file.modified));
-            !was_read && (file.path == self.path || file.modified >= *left)
+            // The number of a file that was removed may be another's now, but not its time as well,
+            // and not while it is open.
+            let was_read = self.left.iter().any(|left| left.identity == file.identity)
+                || self.read.contains(&(file.identity, file.modified));
+            !was_read && (file.path == self.path || file.modified >= left)
         });
         files.reverse();
         Ok(files.into_iter().map(|file| file.file).collect())
     }
 
-    /// Done with a file that will not grow.
+    /// Done with a file that is hardly going to grow.
     fn leave(&mut self) {
         let Some(current) = self.current.take() else {
             return;
         };
-        self.skipped += u64::from(!current.partial.is_empty());
-        let meta = current.file.metadata();
+        self.left.push_back(current);
+        if self.left.len() <= LINGERING {
+            return;
+        }
+        let Some(left) = self.left.pop_front() else {
+            return;
+        };
+        self.skipped += u64::from(!left.partial.is_empty());
+        let meta = left.file.metadata();
         if let Ok(modified) = meta.and_then(|meta| meta.modified()) {
-            self.read.push_back((current.identity, modified));
+            self.read.push_back((left.identity, modified));
             if self.read.len() > REMEMBERED {
                 self.read.pop_front();
             }
+        }
+    }
+
+    /// When the file that was left last was written to.
+    fn left_at(&self) -> Option<SystemTime> {
+        match self.left.back() {
+            // One whose time cannot be had was written to at some time.
+            Some(left) => Some(left.modified().unwrap_or(UNIX_EPOCH)),
+            None => self.read.back().map(|(_, modified)| *modified),
         }
     }
 
@@ -231,31 +274,40 @@ impl Tail {
         Ok(())
     }
 
-    fn split(&mut self, bytes: &[u8]) -> Vec<Line> {
-        let Some(current) = &mut self.current else {
-            return Vec::new();
-        };
-        let mut lines = Vec::new();
-        let mut pieces = bytes.split(|&byte| byte == b'\n');
-        let last = pieces.next_back().unwrap_or_default();
-        for piece in pieces {
-            current.partial.extend_from_slice(piece);
-            let whole = std::mem::take(&mut current.partial);
-            match parse(whole) {
-                Some(line) if self.filter.wants(&line.event) => lines.push(line),
-                Some(_) => {}
-                None => self.skipped += 1,
-            }
-        }
-        current.partial.extend_from_slice(last);
-        lines
-    }
-
     fn error(&self, source: io::Error) -> TailError {
         TailError {
             path: self.path.clone(),
             source,
         }
+    }
+}
+
+impl Current {
+    /// The lines that were added and are wanted, and how many do not parse; none if nothing was
+    /// added.
+    fn read(&mut self, filter: &Filter) -> io::Result<Option<(Vec<Line>, u64)>> {
+        let mut bytes = Vec::new();
+        (&self.file).take(CHUNK).read_to_end(&mut bytes)?;
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let (mut lines, mut skipped) = (Vec::new(), 0);
+        let mut pieces = bytes.split(|&byte| byte == b'\n');
+        let last = pieces.next_back().unwrap_or_default();
+        for piece in pieces {
+            self.partial.extend_from_slice(piece);
+            match parse(std::mem::take(&mut self.partial)) {
+                Some(line) if filter.wants(&line.event) => lines.push(line),
+                Some(_) => {}
+                None => skipped += 1,
+            }
+        }
+        self.partial.extend_from_slice(last);
+        Ok(Some((lines, skipped)))
+    }
+
+    fn modified(&self) -> io::Result<SystemTime> {
+        self.file.metadata()?.modified()
     }
 }
 

@@ -160,6 +160,28 @@ fn following_goes_on_whoever_rotated_and_however_often() {
 }
 
 #[test]
+fn a_line_that_comes_late_to_a_moved_file_is_read_once() {
+    use std::io::Write as _;
+    let dir = tempfile::tempdir().unwrap();
+    let mut log = log(&dir, ROOMY);
+    write(&mut log, "a", 1);
+    let mut tail = tail(&log, Filter::default());
+    assert_eq!(times(&mut tail), [1]);
+    let moved = dir.path().join("violations.jsonl.1");
+    fs::rename(log.path(), &moved).unwrap();
+    write(&mut log, "a", 2);
+    assert_eq!(times(&mut tail), [2]);
+    // Who had looked at the path before it was moved.
+    let mut late = File::options().append(true).open(&moved).unwrap();
+    late.write_all(b"{\"time\":3}\n").unwrap();
+    assert_eq!(times(&mut tail), [3]);
+    fs::rename(log.path(), dir.path().join("violations.jsonl.2")).unwrap();
+    write(&mut log, "a", 4);
+    assert_eq!(times(&mut tail), [4]);
+    assert!(times(&mut tail).is_empty());
+}
+
+#[test]
 fn since_reads_what_logrotate_named_by_date() {
     let dir = tempfile::tempdir().unwrap();
     let mut log = log(&dir, ROOMY);
