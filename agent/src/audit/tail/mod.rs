@@ -29,6 +29,8 @@ pub use wake::Wake;
 const CHUNK: u64 = 256 << 10;
 /// Files that are known to have been read.
 const REMEMBERED: usize = 64;
+/// Times that the names of a log's files are gone through at most.
+const SCANS: usize = 8;
 /// Files that are looked at once more after they were left.
 const LINGERING: usize = 4;
 
@@ -332,32 +334,56 @@ fn parse(bytes: Vec<u8>) -> Option<Line> {
 
 /// The files of a log, open, in the order in which they were last written to; the current one last.
 /// Their names do not tell that: logrotate may name them by date, and others by number.
+///
+/// While the names are gone through, a rotation can give the file of one that comes next another
+/// that has been. So they are gone through until nothing new is found.
 fn by_age(path: &Path) -> Result<Vec<Aged>, TailError> {
-    let mut files = Vec::new();
+    let mut files: Vec<Aged> = Vec::new();
+    for _ in 0..SCANS {
+        if !scan(path, &mut files)? {
+            break;
+        }
+    }
+    // Those of one moment stay as they were found: in the order of their names.
+    files.sort_by_key(|file| (file.path == path, file.modified));
+    Ok(files)
+}
+
+/// Opens what is there; false if all of it was known.
+fn scan(path: &Path, files: &mut Vec<Aged>) -> Result<bool, TailError> {
     let beside = beside(path).map_err(|error| TailError {
         path: error.path,
         source: error.source,
     })?;
+    let mut is_new = false;
     for path in beside {
         let opened = open(&path).and_then(|file| {
             let meta = file.metadata()?;
             Ok((file, (meta.dev(), meta.ino()), meta.modified()?))
         });
         match opened {
-            Ok((file, identity, modified)) => files.push(Aged {
-                path,
-                file,
-                identity,
-                modified,
-            }),
+            Ok((file, identity, modified)) => {
+                let known = files.iter_mut().find(|known| known.identity == identity);
+                if let Some(known) = known {
+                    // It may have another name by now.
+                    known.path = path;
+                    known.modified = modified;
+                } else {
+                    is_new = true;
+                    files.push(Aged {
+                        path,
+                        file,
+                        identity,
+                        modified,
+                    });
+                }
+            }
             // The oldest may be pruned at any time.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(TailError { path, source }),
         }
     }
-    // Those of one moment stay as their names have them.
-    files.sort_by_key(|file| (file.path == path, file.modified));
-    Ok(files)
+    Ok(is_new)
 }
 
 fn is_moved(path: &Path, identity: (u64, u64)) -> bool {
