@@ -30,6 +30,7 @@ mod lock;
 mod lookups;
 mod metering;
 mod names;
+mod naming;
 mod posture;
 mod probe;
 mod reconcile;
@@ -40,6 +41,7 @@ mod selftest;
 pub mod settings;
 pub mod standalone;
 mod time;
+mod watch;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -119,6 +121,9 @@ pub enum DaemonError {
     /// The kernel's verdict is not memory's.
     #[error("self-test: {0}; nothing is declared ready on such grounds")]
     SelfTest(String),
+    /// The DNS guard of a fence without a daemon.
+    #[error("the DNS guard cannot be started: {0}")]
+    Names(String),
     /// A log.
     #[error(transparent)]
     Log(#[from] LogError),
