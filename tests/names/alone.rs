@@ -170,7 +170,9 @@ fn ends_with_its_guard(ctx: &Ctx) -> Result<()> {
     let mut actor = world.actor()?;
     expect("code", resolve(&mut actor, NAME)?.code, 0)?;
     let pid = Pid::from_raw(i32::try_from(actor.must(&Op::Pid)?)?);
-    kill(Pid::from_raw(i32::try_from(actor.pid())?), Signal::SIGKILL)?;
+    let remit = Pid::from_raw(i32::try_from(actor.pid())?);
+    kill(remit, Signal::SIGKILL)?;
+    eventually(3, || claim(!alive(remit), || "alive".to_owned()))?;
     for manner in [Manner::Unconnected, Manner::Connected, Manner::Tcp] {
         // Its command may end with it.
         match lookup(&mut actor, libc::AF_INET, manner, RESOLVER_V4, NAME, A) {

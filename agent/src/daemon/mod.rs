@@ -158,8 +158,9 @@ pub enum DaemonError {
 
 /// Runs the daemon until it is told to stop. On SIGTERM and SIGINT the fence stays.
 pub fn run(settings: Settings, options: Options) -> Result<(), DaemonError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // One thread: a lookup asks the daemon's task twice before it is answered, and nothing here can
+    // go on without that task for long. Two would wake each other four times for each lookup.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System {
