@@ -22,6 +22,7 @@ use remit::{
         guard::{Action, Forward, Guard, KINDS, Limits, Outcome},
         lease::Bounds,
         message, name,
+        resolv::Resolv,
     },
     policy::{self, AgentTables, Clock, Resolution, Source, SourceKind},
 };
@@ -215,4 +216,23 @@ fn no_edit_of_an_answer_gets_through() {
     bolero::check!()
         .with_type::<Edits>()
         .for_each(|edits| answer(&edited(&corpus, edits)));
+}
+
+/// A process's own `resolv.conf` says which names are refused as nonexistent, and nothing else.
+#[test]
+fn no_resolv_conf_is_too_hostile() {
+    let bounded = |text: &str| {
+        let read = Resolv::parse(text);
+        assert!(read.search.len() <= 32 && read.servers.len() <= 8);
+        for domain in &read.search {
+            let lower = domain.to_ascii_lowercase();
+            assert!(domain.len() <= 253 && *domain == lower && !domain.ends_with('.'));
+        }
+    };
+    bolero::check!().for_each(|bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        bounded(&text);
+        bounded(&format!("search {text}"));
+        bounded(&format!("nameserver {text}\nsearch a.example {text}"));
+    });
 }

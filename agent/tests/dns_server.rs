@@ -25,7 +25,10 @@ use remit::{
         endpoint::Sockets,
         guard::{Limits, Report},
         lease::Bounds,
-        server::{Config, Endpoint, Identity, LeaseError, Request, Server, Source, Transport},
+        server::{
+            Config, Endpoint, Identity, LeaseError, Request, SearchIn, Server, Source, Transport,
+        },
+        tally::Came,
     },
     policy::{self, AgentTables, Clock, SourceKind},
 };
@@ -170,7 +173,7 @@ fn daemon(mut requests: mpsc::Receiver<Request>, whose: Whose, writes: Writes) -
                 Request::Identify { client, reply } => {
                     let identity = whose(client).map(|tables| Identity {
                         tables,
-                        search: Arc::from(["corp.example".to_owned()]),
+                        search: SearchIn::Known(Arc::from(["corp.example".to_owned()])),
                     });
                     let _gone = reply.send(identity);
                 }
@@ -611,18 +614,32 @@ async fn hostile_messages_are_refused_or_dropped_and_counted() {
 }
 
 #[tokio::test]
-async fn the_hosts_resolv_conf_is_followed() {
+async fn what_came_of_lookups_is_counted() {
     let upstream = upstream(honest()).await;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("resolv.conf");
-    std::fs::write(&path, "search corp.example\n").unwrap();
-    let tables = agent("a", &["api.example"]);
-    let scene = scene(
-        vec![Source::File(path), Source::At(upstream.at)],
-        Arc::new(move |_| Some(Arc::clone(&tables))),
-        Arc::new(|_| Ok(())),
+    let (scene, endpoint) = simple(upstream.at);
+    let at = endpoint.v4.unwrap();
+    for name in [
+        "api.example.",
+        "api.example.",
+        "evil.example.",
+        "x.corp.example.",
+    ] {
+        ask(at, name).await;
+    }
+    let tally = scene.server.tally();
+    let each: Vec<_> = tally.each().collect();
+    assert_eq!(
+        each,
+        [
+            ("a", Came::Answered, 2),
+            ("a", Came::Refused("name"), 1),
+            ("a", Came::Refused("search"), 1),
+        ]
     );
-    assert_eq!(scene.server.search(), ["corp.example"]);
+    assert_eq!(tally.upstream.counts.iter().sum::<u64>(), 2);
+    assert_eq!(tally.guard.counts.iter().sum::<u64>(), 4);
+    scene.server.forget("a");
+    assert_eq!(scene.server.tally().each().count(), 0);
 }
 
 #[tokio::test]

@@ -3,7 +3,8 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::errno::Errno;
@@ -208,20 +209,31 @@ fn resolve_and_connect(via: SocketAddr, name: &str, port: u16) -> Result<(), Str
         .map_err(|errno| format!("connect to {addr}: {errno}"))
 }
 
-/// Asks without pause for `time`; how many answers came, and the median and 99th percentile of
-/// their times in microseconds.
-pub fn rate(via: SocketAddr, name: &str, time: Duration) -> nix::Result<Reply> {
-    let socket = Socket::open(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
-    socket.connect(via, 1000)?;
+/// Has so many `askers` at a time ask without pause for `time`; how many answers came, and the
+/// median and 99th percentile of their times in microseconds.
+pub fn rate(via: SocketAddr, name: &str, time: Duration, askers: usize) -> nix::Result<Reply> {
     let asked = question(name, A);
-    let until = std::time::Instant::now() + time;
-    let mut times = Vec::new();
-    while std::time::Instant::now() < until {
-        let began = std::time::Instant::now();
-        socket.send(&asked)?;
-        socket.recv(5000)?;
-        times.push(began.elapsed().as_micros());
-    }
+    let until = Instant::now() + time;
+    let asker = || -> nix::Result<Vec<u128>> {
+        let socket = Socket::open(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+        socket.connect(via, 1000)?;
+        let mut times = Vec::new();
+        while Instant::now() < until {
+            let began = Instant::now();
+            socket.send(&asked)?;
+            socket.recv(5000)?;
+            times.push(began.elapsed().as_micros());
+        }
+        Ok(times)
+    };
+    let all: nix::Result<Vec<_>> = thread::scope(|scope| {
+        let askers: Vec<_> = (0..askers).map(|_| scope.spawn(asker)).collect();
+        let ended = askers.into_iter().map(|asker| asker.join());
+        ended
+            .map(|times| times.unwrap_or(Err(Errno::EIO)))
+            .collect()
+    });
+    let mut times: Vec<u128> = all?.into_iter().flatten().collect();
     times.sort_unstable();
     let at = |part: usize| times.get(times.len() * part / 100).copied().unwrap_or(0);
     Ok(Reply {
@@ -229,6 +241,49 @@ pub fn rate(via: SocketAddr, name: &str, time: Duration) -> nix::Result<Reply> {
         data: format!("{} {}", at(50), at(99)).into_bytes(),
         ..Reply::default()
     })
+}
+
+/// As Go's resolver does (net/dnsclient_unix.go): both families at once, each on a connected UDP
+/// socket of its own, EDNS with 1232 octets, and TCP where the answer was cut.
+pub fn like_go(via: SocketAddr, name: &str, timeout_ms: u64) -> Reply {
+    let domain = if via.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let one = |kind| -> nix::Result<Reply> {
+        let asked = question(name, kind);
+        let by = |manner, value| -> nix::Result<Reply> {
+            let (data, from, peer) = ask(domain, manner, via, &asked, timeout_ms)?;
+            let addr = (from == peer).then_some(from);
+            Ok(Reply {
+                value,
+                data,
+                addr,
+                ..Reply::default()
+            })
+        };
+        let over_udp = by(Manner::Connected, 0)?;
+        let cut = read(&over_udp.data).is_some_and(|said| said.truncated);
+        if cut {
+            by(Manner::Tcp, 1)
+        } else {
+            Ok(over_udp)
+        }
+    };
+    let failed = |errno: Errno| Reply {
+        errno: errno as i32,
+        ..Reply::default()
+    };
+    let replies = thread::scope(|scope| {
+        let both = [A, AAAA].map(|kind| scope.spawn(move || one(kind)));
+        let ended = both.map(|one| one.join().unwrap_or(Err(Errno::EIO)));
+        ended.map(|reply| reply.unwrap_or_else(failed)).to_vec()
+    });
+    Reply {
+        replies,
+        ..Reply::default()
+    }
 }
 
 /// The first address that the C library (musl, in this binary) finds for a host.

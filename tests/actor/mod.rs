@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::{
     errno::Errno,
+    mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
 };
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ use lookup::Manner;
 use socket::Socket;
 
 use crate::support::netlink::{LO, add_address, link_up};
+
+/// No argument of mount(2).
+const NOTHING: Option<&str> = None;
 
 /// One thing to do. Sockets are named by the numbers that `Socket` and `Accept` answer with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,6 +84,8 @@ pub enum Op {
     },
     /// Receives.
     Recv { id: usize, timeout_ms: u64 },
+    /// Receives, and says where it is from.
+    RecvFrom { id: usize, timeout_ms: u64 },
     /// Asks a resolver; the value is the answer's code.
     Lookup {
         domain: i32,
@@ -94,11 +100,19 @@ pub enum Op {
         names: Vec<String>,
         port: u16,
     },
-    /// Looks one name up without pause; the value is how often.
+    /// So many at a time look one name up without pause; the value is how often.
     LookupRate {
         via: SocketAddr,
         name: String,
         millis: u64,
+        askers: usize,
+    },
+    /// Asks for IPv4 and IPv6 addresses as Go's resolver does; the answers are the answers, by
+    /// value 0 over UDP and 1 over TCP.
+    LookupLikeGo {
+        via: SocketAddr,
+        name: String,
+        timeout_ms: u64,
     },
     /// Asks the C library for a host's address.
     GetAddrInfo { host: String },
@@ -144,6 +158,8 @@ pub enum Op {
     Pid,
     /// Enters a new network namespace with these addresses on `lo`.
     NewNetwork { addrs: Vec<(IpAddr, u8)> },
+    /// Enters a new mount namespace where this is `/etc/resolv.conf`.
+    NewResolv { path: String },
     /// Enters the network namespace of a process.
     EnterNetwork { pid: u32 },
     /// Leaves a child behind in a session of its own, whose parent has gone; its process id.
@@ -274,6 +290,14 @@ impl Actor {
                     ..Reply::default()
                 })
             }
+            Op::RecvFrom { id, timeout_ms } => {
+                let (data, from) = self.socket(*id)?.recv_from(*timeout_ms)?;
+                Ok(Reply {
+                    data,
+                    addr: Some(from),
+                    ..Reply::default()
+                })
+            }
             Op::Lookup {
                 domain,
                 manner,
@@ -282,9 +306,17 @@ impl Actor {
                 timeout_ms,
             } => lookup::one(*domain, *manner, *via, question, *timeout_ms),
             Op::LookupMany { via, names, port } => Ok(lookup::many(*via, names, *port)),
-            Op::LookupRate { via, name, millis } => {
-                lookup::rate(*via, name, Duration::from_millis(*millis))
-            }
+            Op::LookupRate {
+                via,
+                name,
+                millis,
+                askers,
+            } => lookup::rate(*via, name, Duration::from_millis(*millis), *askers),
+            Op::LookupLikeGo {
+                via,
+                name,
+                timeout_ms,
+            } => Ok(lookup::like_go(*via, name, *timeout_ms)),
             Op::GetAddrInfo { host } => lookup::by_libc(host),
             Op::LocalAddr { id } => Ok(Reply {
                 addr: Some(self.socket(*id)?.local_addr()?),
@@ -334,6 +366,20 @@ impl Actor {
                 ..Reply::default()
             }),
             Op::NewNetwork { addrs } => new_network(addrs).map(|()| value(0)),
+            Op::NewResolv { path } => {
+                unshare(CloneFlags::CLONE_NEWNS)?;
+                let keep = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                mount(NOTHING, "/", NOTHING, keep, NOTHING)?;
+                let over = "/etc/resolv.conf";
+                mount(
+                    Some(path.as_str()),
+                    over,
+                    NOTHING,
+                    MsFlags::MS_BIND,
+                    NOTHING,
+                )?;
+                Ok(value(0))
+            }
             Op::EnterNetwork { pid } => {
                 let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(errno_of)?;
                 setns(namespace, CloneFlags::CLONE_NEWNET).map(|()| value(0))

@@ -1,6 +1,6 @@
 //! The user side: how long the daemon takes for a large registry, what memory and processor it
-//! takes, and what it does under a flood of refusals. `remit-tests bench-user quick|full` prints one
-//! JSON line a figure.
+//! takes, what it does under a flood of refusals, and what a lookup costs. `remit-tests bench-user
+//! quick|full|lookups` prints one JSON line a figure.
 
 use std::{
     collections::BTreeMap,
@@ -17,6 +17,7 @@ use serde_json::json;
 use super::{host, say};
 use crate::{
     actor::{Op, traffic::mono_ns},
+    names::many,
     never_open::latency,
     support::{
         Agent, Cgroup, Ctx, Daemon, Family, Fixture, Line, api,
@@ -38,6 +39,8 @@ struct Effort {
     runs: usize,
     revoked: usize,
     flood: Duration,
+    /// Rounds of lookups, and how long each takes on each side.
+    lookups: (usize, u64),
 }
 
 const FULL: Effort = Effort {
@@ -49,6 +52,7 @@ const FULL: Effort = Effort {
     runs: 20,
     revoked: 40,
     flood: Duration::from_secs(4),
+    lookups: (30, 200),
 };
 
 const QUICK: Effort = Effort {
@@ -60,6 +64,7 @@ const QUICK: Effort = Effort {
     runs: 2,
     revoked: 2,
     flood: Duration::from_millis(500),
+    lookups: (3, 100),
 };
 
 type Lay = Box<dyn Fn(&Place, bool) -> Result<()>>;
@@ -74,6 +79,12 @@ struct Large {
 /// Measures everything.
 pub fn run(effort: &str, unique: &str) -> Result<ExitCode> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if effort == "lookups" {
+        let ctx = Ctx::enter(unique)?;
+        say(&json!({ "host": host(0, 1)? }));
+        lookups(&ctx, &FULL)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let effort = match effort {
         "full" => FULL,
         "quick" => QUICK,
@@ -98,6 +109,7 @@ pub fn run(effort: &str, unique: &str) -> Result<ExitCode> {
         flood(&ctx, &effort, name, kinds, per_second, more).with_context(|| name.to_owned())?;
     }
     alone(&ctx, &effort).context("remit run --policy")?;
+    lookups(&ctx, &effort).context("lookups")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -443,6 +455,33 @@ fn flood(
     figure(&about, "attempts in no line's count", "", &[untold])?;
     figure(&about, "processor", "%", &[share])?;
     figure(&about, "the daemon's own memory", "MiB", &[taken.own])
+}
+
+/// Lookups through the DNS guard beside asking its upstream directly, in turns.
+fn lookups(ctx: &Ctx, effort: &Effort) -> Result<()> {
+    forget(ctx, &EVERYTHING)?;
+    let (rounds, millis) = effort.lookups;
+    for (askers, cost) in many::measure(ctx, rounds, millis, &[1, 32])? {
+        let about = format!("lookups, {askers} at a time");
+        let all = |of: fn(&(f64, f64, f64)) -> f64| cost.rounds.iter().map(of).collect::<Vec<_>>();
+        figure(
+            &about,
+            "median through the guard",
+            "us",
+            &all(|each| each.0),
+        )?;
+        figure(&about, "median directly", "us", &all(|each| each.1))?;
+        figure(&about, "ratio of the two", "", &all(|each| each.2))?;
+        figure(
+            &about,
+            "99th percentile through the guard",
+            "us",
+            &cost.late,
+        )?;
+        figure(&about, "a second through the guard", "", &[cost.held.0])?;
+        figure(&about, "a second directly", "", &[cost.held.1])?;
+    }
+    Ok(())
 }
 
 /// `remit run --policy` beside no fence: to the command's own first instruction, and to the end.

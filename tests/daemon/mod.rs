@@ -7,7 +7,7 @@ mod commands;
 pub mod faults;
 mod flood;
 mod life;
-mod run;
+pub mod run;
 mod succession;
 
 /// All cases here.

@@ -2,7 +2,7 @@
 //! behind, however either of them ends.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs,
     net::UdpSocket,
     os::{
@@ -269,7 +269,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A place without a daemon, and a policy whose agent's id no other cgroup has in its name.
-struct World {
+pub struct World {
     place: Place,
     policy: PathBuf,
     id: String,
@@ -282,10 +282,15 @@ impl World {
     }
 
     fn at(ctx: &Ctx, place: Place) -> Result<Self> {
-        // The runner finds what is left behind by this name.
-        let id = ctx.unique().to_owned();
+        Self::of(ctx, place, &Agent::standard(ctx.unique()))
+    }
+
+    /// One for this agent, whose id is the case's own name: the runner finds what is left behind by
+    /// it.
+    pub fn of(ctx: &Ctx, place: Place, agent: &Agent) -> Result<Self> {
+        let id = agent.id.clone();
         let policy = ctx.dir().join(format!("{id}.toml"));
-        fs::write(&policy, Agent::standard(&id).toml(&ctx.root()))?;
+        fs::write(&policy, agent.toml(&ctx.root()))?;
         Ok(Self {
             place,
             policy,
@@ -296,18 +301,26 @@ impl World {
 
     /// `remit run --policy P -- remit-tests ARGS`.
     fn command(&self, args: &[&str]) -> Result<Command> {
-        let mut command = self.place.command(&["run", "--policy"])?;
         let exe: OsString = std::env::current_exe()?.into();
-        command.arg(&self.policy).arg("--").arg(exe).args(args);
+        let mut command = self.command_of(&exe)?;
+        command.args(args);
         Ok(command)
     }
 
-    fn run(&self, args: &[&str]) -> Result<remit::Output> {
+    /// `remit run --policy P -- PROGRAM`, to be given its arguments.
+    pub fn command_of(&self, program: &OsStr) -> Result<Command> {
+        let mut command = self.place.command(&["run", "--policy"])?;
+        command.arg(&self.policy).arg("--").arg(program);
+        Ok(command)
+    }
+
+    /// Runs this binary with `args` to its end.
+    pub fn run(&self, args: &[&str]) -> Result<remit::Output> {
         remit::output(&mut self.command(args)?)
     }
 
     /// An actor as the command.
-    fn actor(&self) -> Result<Actor> {
+    pub fn actor(&self) -> Result<Actor> {
         let mut command = self.command(&["actor"])?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         Actor::start(command)
@@ -321,7 +334,7 @@ impl World {
     }
 
     /// No pins, and no cgroups but an empty root.
-    fn nothing_stays(&self) -> Result<()> {
+    pub fn nothing_stays(&self) -> Result<()> {
         eventually(3, || {
             let pins = self.pins()?;
             claim(pins.is_empty(), || format!("pins stay: {pins:?}"))?;
@@ -397,7 +410,7 @@ fn orders() -> Result<Vec<Op>> {
 }
 
 /// Whether a process runs; a zombie does not.
-fn alive(pid: Pid) -> bool {
+pub fn alive(pid: Pid) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
         .and_then(|stat| {

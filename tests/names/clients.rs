@@ -7,6 +7,7 @@ use std::{
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -23,7 +24,7 @@ const NAME: &str = "api.names.example";
 const OTHER: &str = "paste.names.example";
 const ADDR: &str = "203.0.113.50";
 /// What the server says.
-const HELLO: &str = "hello from inside the scope";
+pub const HELLO: &str = "hello from inside the scope";
 
 /// A program, and how it is made to ask for a name.
 struct Program {
@@ -36,7 +37,26 @@ struct Program {
     says: &'static str,
 }
 
-const PROGRAMS: [Program; 6] = [
+/// Go's own resolver; built where there is a Go.
+const GO: &str = r#"
+package main
+
+import ("fmt"; "io"; "net"; "os")
+
+func main() {
+	net.DefaultResolver.PreferGo = true
+	stream, err := net.Dial("tcp", os.Args[1]+":80")
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Fprintf(stream, "GET /hello HTTP/1.0\r\nHost: %s\r\n\r\n", os.Args[1])
+	text, _ := io.ReadAll(stream)
+	fmt.Println(string(text))
+}
+"#;
+
+const PROGRAMS: [Program; 8] = [
     Program {
         name: "curl",
         needs: &[&["curl", "--version"]],
@@ -64,11 +84,29 @@ const PROGRAMS: [Program; 6] = [
         ],
         says: HELLO,
     },
+    // c-ares, which `fetch` does not use.
+    Program {
+        name: "node_resolve",
+        needs: &[&["node", "-e", "fetch"]],
+        line: &[
+            "node",
+            "-e",
+            "require('dns').resolve4('{name}', (e, found) => { console.log(e ? e.code : found[0]); \
+             process.exit(e ? 1 : 0) })",
+        ],
+        says: ADDR,
+    },
+    Program {
+        name: "go",
+        needs: &[&["go", "version"]],
+        line: &["go", "run", "{dir}/ask.go", "{name}"],
+        says: HELLO,
+    },
     Program {
         name: "dig",
         needs: &[&["dig", "-v"]],
         line: &["dig", "+tries=1", "+time=10", "{name}"],
-        says: "203.0.113.50",
+        says: ADDR,
     },
     Program {
         name: "git_over_https",
@@ -130,7 +168,7 @@ sys.stdin.read()
 "#;
 
 /// The web server of a case, outside of the fence.
-struct Web(Child);
+pub struct Web(Child);
 
 impl Drop for Web {
     fn drop(&mut self) {
@@ -140,11 +178,17 @@ impl Drop for Web {
 }
 
 /// Runs a command to its end; whether it went well, and all that it said.
-fn said(command: &mut Command) -> Result<(bool, String)> {
+pub fn said(command: &mut Command) -> Result<(bool, String)> {
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     Ok((output.status.success(), text))
+}
+
+/// The first of these commands that does not work here.
+pub fn missing(needs: &[&[&str]]) -> Option<String> {
+    let first = needs.iter().find(|needed| !works(needed))?;
+    Some(format!("no {}", first.join(" ")))
 }
 
 fn works(line: &[&str]) -> bool {
@@ -156,7 +200,7 @@ fn works(line: &[&str]) -> bool {
 }
 
 /// Lays out what the server serves, and starts it.
-fn web(dir: &Path) -> Result<Web> {
+pub fn web(dir: &Path) -> Result<Web> {
     let root = dir.join("web");
     fs::create_dir_all(root.join("simple/probe-of-names"))?;
     fs::write(root.join("hello"), HELLO)?;
@@ -201,7 +245,7 @@ fn web(dir: &Path) -> Result<Web> {
 }
 
 /// A `resolv.conf` of the case's own, for what reads one.
-fn resolv(ctx: &Ctx) -> Result<()> {
+pub fn resolv(ctx: &Ctx) -> Result<()> {
     let path = ctx.dir().join("resolv.conf");
     fs::write(&path, "nameserver 192.0.2.53\noptions timeout:5\n")?;
     mount(
@@ -235,7 +279,10 @@ fn inside(fx: &Fixture, dir: &Path, program: &Program, name: &str) -> Result<(bo
         .args(rest)
         .current_dir(dir)
         .env("HOME", dir)
-        .env("GIT_TERMINAL_PROMPT", "0");
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env("GO111MODULE", "off")
+        .env("GOTOOLCHAIN", "local")
+        .env("CGO_ENABLED", "0");
     for proxy in [
         "http_proxy",
         "https_proxy",
@@ -260,15 +307,14 @@ fn program(ctx: &Ctx, program: &Program) -> Result<Outcome> {
     if !works(&["python3", "-c", "import ssl, zipfile"]) {
         return Ok(Outcome::NotTested("no python3 to serve with".to_owned()));
     }
-    for needed in program.needs {
-        if !works(needed) {
-            return Ok(Outcome::NotTested(format!("no {}", needed.join(" "))));
-        }
+    if let Some(missing) = missing(program.needs) {
+        return Ok(Outcome::NotTested(missing));
     }
     resolv(ctx)?;
     let mut zone = Zone::start(&spec())?;
     let fx = guarded(ctx, &[agent()], &zone, "")?;
     let _web = web(ctx.dir())?;
+    fs::write(ctx.dir().join("ask.go"), GO)?;
     let (went_well, text) = inside(&fx, ctx.dir(), program, NAME)?;
     claim(went_well && text.contains(program.says), || {
         format!("with {NAME}: {text}")
@@ -280,7 +326,11 @@ fn program(ctx: &Ctx, program: &Program) -> Result<Outcome> {
         || format!("with {OTHER}: {text}"),
     )?;
     if program.name == "dig" {
-        claim(text.contains("REFUSED"), || text.clone())?;
+        // Extended DNS Errors are printed by dig 9.18 and later.
+        let reason = format!("agent alpha may not resolve {OTHER}");
+        for told in ["REFUSED", "EDE: 18", &reason] {
+            claim(text.contains(told), || format!("no {told} in {text}"))?;
+        }
     }
     let line = fx.await_line(before, "alpha", |line| {
         line.text("/metadata/event_code") == "RM1101"
@@ -340,9 +390,14 @@ pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = PROGRAMS
         .iter()
         .map(|each| {
-            Case::with_outcome(format!("names::client_{}", each.name), move |ctx| {
+            let mut case = Case::with_outcome(format!("names::client_{}", each.name), move |ctx| {
                 program(ctx, each)
-            })
+            });
+            if each.name == "go" {
+                // It compiles its standard library first.
+                case.deadline = Duration::from_secs(180);
+            }
+            case
         })
         .collect();
     cases.push(once("client_musl", |ctx| musl(ctx)));

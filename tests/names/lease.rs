@@ -153,6 +153,61 @@ fn open_tcp_outlives_it_for_so_long(fx: &mut Fixture) -> Result<()> {
     })
 }
 
+/// A connection that has outlived its lease ends when its name leaves the scope, long before it
+/// would by itself.
+fn a_change_ends_what_outlived_its_lease(fx: &mut Fixture) -> Result<()> {
+    let mut actor = fx.actor("alpha")?;
+    let to: SocketAddr = ADDR.parse()?;
+    let listener = TcpListener::bind(to)?;
+    expect("code", resolve(&mut actor, NAME)?.code, 0)?;
+    let id = connect(&mut actor, to)?;
+    let (_stream, _) = listener.accept()?;
+    eventually(6, || {
+        claim(lease(fx)?.is_none(), || "it goes on".to_owned())
+    })?;
+    let send = Op::Send {
+        id,
+        data: PAYLOAD.to_vec(),
+    };
+    actor.must(&send)?;
+    fx.change(&Agent::new("alpha").allow("other.names.example", "443"))?;
+    eventually(3, || {
+        let sent = actor.ask(&send)?;
+        expect("errno after the change", sent.errno, libc::ECONNABORTED)
+    })
+}
+
+/// A probe, which lends itself an address for a moment, and a lease at that address leave each other
+/// alone.
+fn a_probe_leaves_a_lease_alone(fx: &mut Fixture) -> Result<()> {
+    let mut actor = fx.actor("alpha")?;
+    let to: SocketAddr = "127.0.0.1:443".parse()?;
+    let probe = |fx: &Fixture| -> Result<String> {
+        let said = fx.place().remit(&["probe", "alpha", "--json"])?;
+        let said: serde_json::Value = serde_json::from_str(&said.stdout)?;
+        claim(said[0]["verdict"] != "fail", || said.to_string())?;
+        Ok(said.to_string())
+    };
+    // Lookups while it runs: each is leased, or refused for as long as the address is lent.
+    actor.tell(&Op::LookupMany {
+        via: RESOLVER_V4.parse()?,
+        names: vec![NAME.to_owned(); 300],
+        port: to.port(),
+    })?;
+    probe(fx)?;
+    claim(actor.hear()?.value > 0, || "nothing was leased".to_owned())?;
+    expect("code", resolve(&mut actor, NAME)?.code, 0)?;
+    connect(&mut actor, to)?;
+    let said = probe(fx)?;
+    claim(
+        said.contains("a name has led the agent to 127.0.0.1"),
+        || said,
+    )?;
+    connect(&mut actor, to)?;
+    let said = fx.place().remit(&["reconcile"])?;
+    expect("exit code of reconcile", said.code, 0).with_context(|| said.stdout.clone())
+}
+
 /// A change of the agent's entry leaves its leases, and takes those of a name that it lost.
 fn a_change_keeps_what_it_still_grants(fx: &mut Fixture) -> Result<()> {
     let mut actor = fx.actor("alpha")?;
@@ -208,5 +263,18 @@ pub fn cases() -> Vec<Case> {
             a_change_keeps_what_it_still_grants,
         ),
         again("leases_are_no_drift", short, leases_are_no_drift),
+        again(
+            "a_change_ends_what_outlived_its_lease",
+            "min_lease = \"1s\"\nmax_lease = \"60s\"\n",
+            a_change_ends_what_outlived_its_lease,
+        ),
+        once("a_probe_leaves_a_lease_alone", |ctx| {
+            let zone = Zone::start(&Spec::new().host(NAME, &["127.0.0.1"]).accept(443))?;
+            let agent = Agent::new("alpha").entry(&format!(
+                "[[scope.allow]]\nto = \"{NAME}\"\nports = [443]\nwithin = [\"127.0.0.0/8\"]\n"
+            ));
+            let mut fx = guarded(ctx, &[agent], &zone, "")?;
+            a_probe_leaves_a_lease_alone(&mut fx)
+        }),
     ]
 }

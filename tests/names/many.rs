@@ -63,24 +63,40 @@ fn many_names(ctx: &Ctx) -> Result<()> {
     Ok(())
 }
 
-/// One round: lookups in so many milliseconds; their median and 99th percentile in microseconds.
-fn round(actor: &mut Actor, via: &str, millis: u64) -> Result<(u64, u64, u64)> {
+/// What the guard adds to a lookup, in turns with asking upstream directly.
+pub struct Cost {
+    /// Medians through the guard and directly in microseconds, and the first by the second, of each
+    /// round.
+    pub rounds: Vec<(f64, f64, f64)>,
+    /// 99th percentiles through the guard in microseconds.
+    pub late: Vec<f64>,
+    /// Lookups a second through the guard, and directly.
+    pub held: (f64, f64),
+}
+
+/// One round: lookups in so many milliseconds; how many, their median and 99th percentile in
+/// microseconds.
+fn round(actor: &mut Actor, via: &str, millis: u64, askers: usize) -> Result<(f64, f64, f64)> {
     let reply = actor.ask(&Op::LookupRate {
         via: via.parse()?,
         name: "h1.exact.example".to_owned(),
         millis,
+        askers,
     })?;
     expect("errno", reply.errno, 0)?;
+    claim(reply.value > 0, || "no lookup was answered".to_owned())?;
     let text = String::from_utf8_lossy(&reply.data).into_owned();
     let (median, late) = text.split_once(' ').context("no figures")?;
-    Ok((u64::try_from(reply.value)?, median.parse()?, late.parse()?))
+    Ok((reply.value as f64, median.parse()?, late.parse()?))
 }
 
-/// What the guard adds to a lookup, in turns with asking upstream directly. Figures, no limits: how
-/// fast the machine is says nothing about the guard.
-fn costs(ctx: &Ctx) -> Result<()> {
-    const ROUNDS: usize = 10;
-    const MILLIS: u64 = 150;
+/// Measures so many `rounds` of `millis` on each side, for each number of askers.
+pub fn measure(
+    ctx: &Ctx,
+    rounds: usize,
+    millis: u64,
+    askers: &[usize],
+) -> Result<Vec<(usize, Cost)>> {
     let agent = Agent::new("alpha").entry(&format!(
         "[[scope.allow]]\nto = \"h1.exact.example\"\nports = [{PORT}]\n{WITHIN}"
     ));
@@ -88,28 +104,40 @@ fn costs(ctx: &Ctx) -> Result<()> {
     let at = zone.at.to_string();
     let mut fx = guarded(ctx, &[agent], &zone, "")?;
     let mut inside = fx.actor("alpha")?;
-    let (mut ratios, mut direct, mut guarded, mut held) = (vec![], vec![], vec![], 0);
-    for _ in 0..ROUNDS {
-        let (_, bare, _) = round(fx.outside(), &at, MILLIS)?;
-        let (count, through, late) = round(&mut inside, RESOLVER_V4, MILLIS)?;
-        claim(count > 0, || "no lookup was answered".to_owned())?;
-        ratios.push(through * 100 / bare.max(1));
-        direct.push(bare);
-        guarded.push((through, late));
-        held += count;
+    let one = |askers: &usize| -> Result<(usize, Cost)> {
+        let mut cost = Cost {
+            rounds: Vec::new(),
+            late: Vec::new(),
+            held: (0.0, 0.0),
+        };
+        for _ in 0..rounds {
+            let (bare, direct, _) = round(fx.outside(), &at, millis, *askers)?;
+            let (count, through, late) = round(&mut inside, RESOLVER_V4, millis, *askers)?;
+            cost.rounds
+                .push((through, direct, through / direct.max(1.0)));
+            cost.late.push(late);
+            cost.held.0 += count;
+            cost.held.1 += bare;
+        }
+        let seconds = millis as f64 * rounds as f64 / 1e3;
+        cost.held = (cost.held.0 / seconds, cost.held.1 / seconds);
+        Ok((*askers, cost))
+    };
+    askers.iter().map(one).collect()
+}
+
+/// Figures, no limits: how fast the machine is says nothing about the guard.
+fn costs(ctx: &Ctx) -> Result<()> {
+    for (askers, cost) in measure(ctx, 5, 150, &[1, 32])? {
+        let mut rounds = cost.rounds;
+        rounds.sort_by(|left, right| left.2.total_cmp(&right.2));
+        let (through, direct, ratio) = rounds.get(rounds.len() / 2).context("no round")?;
+        println!(
+            "{askers} askers: median {through} us through the guard, {direct} us directly, \
+             {ratio:.2} times; {:.0} a second, {:.0} directly",
+            cost.held.0, cost.held.1
+        );
     }
-    ratios.sort_unstable();
-    direct.sort_unstable();
-    guarded.sort_unstable();
-    let (through, late) = guarded[ROUNDS / 2];
-    println!(
-        "median {through} us (99 % {late} us) through the guard, {} us directly: {}.{:02} times; \
-         {} a second by one asker",
-        direct[ROUNDS / 2],
-        ratios[ROUNDS / 2] / 100,
-        ratios[ROUNDS / 2] % 100,
-        held * 1000 / (MILLIS * ROUNDS as u64)
-    );
     Ok(())
 }
 

@@ -13,11 +13,13 @@ use crate::{
     support::{Actor, Agent, Ctx, Fixture, daemon::Settings, expect},
 };
 
+mod alone;
 mod clients;
 mod hostile;
 mod lease;
 mod life;
-mod many;
+pub mod many;
+mod search;
 mod turn;
 pub mod zone;
 
@@ -31,6 +33,8 @@ pub fn cases() -> Vec<Case> {
         life::cases(),
         hostile::cases(),
         many::cases(),
+        search::cases(),
+        alone::cases(),
         clients::cases(),
     ]
     .into_iter()

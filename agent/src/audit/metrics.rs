@@ -39,10 +39,15 @@ pub struct Snapshot {
     pub revision: u64,
     /// Kernel maps.
     pub maps: Vec<MapUse>,
-    /// Lookups that the DNS guard answered, by outcome.
-    pub dns: BTreeMap<String, u64>,
-    /// Leases in force.
-    pub dns_leases: Option<u64>,
+    /// Lookups of agents that use names, by what came of them.
+    pub lookups: Vec<Lookups>,
+    /// Questions that were dropped or refused without being anybody's, by why (`busy`: an agent had
+    /// too many open, `malformed`, `nobodys`: the kernel saw no agent send it).
+    pub lookups_dropped: BTreeMap<String, u64>,
+    /// How long lookups took, by part (`guard`, `upstream`).
+    pub lookup_times: Vec<(&'static str, Spread)>,
+    /// Leases in force of each agent that uses names.
+    pub leases: Vec<(String, u64)>,
     /// How long putting a registry in force took.
     pub apply: Option<Times>,
     /// How long putting right what differed took.
@@ -64,6 +69,30 @@ pub struct Decisions {
     pub reason: String,
     /// How many.
     pub count: u64,
+}
+
+/// Lookups of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lookups {
+    /// Whose.
+    pub agent: String,
+    /// What came of them: `answered`, `refused` or `failed`.
+    pub outcome: &'static str,
+    /// Why: for refused ones what was wrong (`name`, `search`, `kind`, `budget`, `address`, `full`),
+    /// for failed ones what failed (`upstream`, `lease`); else empty.
+    pub reason: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// How often something took how long.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Spread {
+    /// Upper bounds in seconds, ascending, and how often it took so long and longer than the one
+    /// before.
+    pub counts: Vec<(f64, u64)>,
+    /// All of it, in seconds.
+    pub sum: f64,
 }
 
 /// How full a kernel map is.
@@ -167,12 +196,34 @@ impl Collector for Snapshot {
         )?;
         to.counters(
             "remit_dns_lookups",
-            "Lookups answered by the DNS guard",
-            by("outcome", &self.dns),
+            "Lookups that the DNS guard dealt with",
+            self.lookups.iter().map(|one| {
+                let labels = [
+                    ("agent", one.agent.as_str()),
+                    ("outcome", one.outcome),
+                    ("reason", one.reason),
+                ];
+                (labels, one.count)
+            }),
         )?;
-        if let Some(leases) = self.dns_leases {
-            to.gauge("remit_dns_leases", "Leases in force", leases)?;
-        }
+        to.counters(
+            "remit_dns_dropped",
+            "Questions that the DNS guard took for no agent's lookup, or had no room for",
+            by("reason", &self.lookups_dropped),
+        )?;
+        to.spreads(
+            "remit_dns_lookup_seconds",
+            "How long lookups took, in the guard and upstream",
+            "part",
+            &self.lookup_times,
+        )?;
+        to.gauges(
+            "remit_dns_leases",
+            "Leases in force",
+            self.leases
+                .iter()
+                .map(|(agent, count)| ([("agent", agent.as_str())], *count)),
+        )?;
         let times = [
             ("remit_apply", "Putting a registry in force", self.apply),
             ("remit_repair", "Putting right what differed", self.repair),
@@ -213,6 +264,9 @@ fn by<'m>(
 
 struct Writer<'e>(DescriptorEncoder<'e>);
 
+/// Of exemplars, of which there are none.
+type NoLabels = [(&'static str, &'static str); 0];
+
 impl Writer<'_> {
     /// A counter; `_total` is added to its name.
     fn counters<'l, const N: usize>(
@@ -250,6 +304,26 @@ impl Writer<'_> {
             .0
             .encode_descriptor(name, help, None, MetricType::Gauge)?;
         ConstGauge::new(value).encode(encoder)
+    }
+
+    fn spreads(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        rows: &[(&'static str, Spread)],
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (value, spread) in rows {
+            let labels = [(label, *value)];
+            let count = spread.counts.iter().map(|(_, count)| count).sum();
+            family
+                .encode_family(&labels)?
+                .encode_histogram::<NoLabels>(spread.sum, count, &spread.counts, None)?;
+        }
+        Ok(())
     }
 
     fn times(&mut self, name: &str, help: &str, times: Times) -> fmt::Result {
@@ -316,8 +390,21 @@ mod tests {
                 entries: 10,
                 capacity: 100,
             }],
-            dns: counts(&[("refused", 2)]),
-            dns_leases: Some(5),
+            lookups: vec![Lookups {
+                agent: "billing-recon".to_owned(),
+                outcome: "refused",
+                reason: "name",
+                count: 2,
+            }],
+            lookups_dropped: counts(&[("busy", 3)]),
+            lookup_times: vec![(
+                "guard",
+                Spread {
+                    counts: vec![(0.001, 2), (0.5, 0), (f64::INFINITY, 1)],
+                    sum: 0.75,
+                },
+            )],
+            leases: vec![("billing-recon".to_owned(), 5)],
             apply: Some(Times {
                 count: 2,
                 sum: 0.5,
@@ -362,12 +449,22 @@ remit_map_entries{map="exacts"} 10
 # HELP remit_map_capacity Entries that a kernel map can have
 # TYPE remit_map_capacity gauge
 remit_map_capacity{map="exacts"} 100
-# HELP remit_dns_lookups Lookups answered by the DNS guard
+# HELP remit_dns_lookups Lookups that the DNS guard dealt with
 # TYPE remit_dns_lookups counter
-remit_dns_lookups_total{outcome="refused"} 2
+remit_dns_lookups_total{agent="billing-recon",outcome="refused",reason="name"} 2
+# HELP remit_dns_dropped Questions that the DNS guard took for no agent's lookup, or had no room for
+# TYPE remit_dns_dropped counter
+remit_dns_dropped_total{reason="busy"} 3
+# HELP remit_dns_lookup_seconds How long lookups took, in the guard and upstream
+# TYPE remit_dns_lookup_seconds histogram
+remit_dns_lookup_seconds_sum{part="guard"} 0.75
+remit_dns_lookup_seconds_count{part="guard"} 3
+remit_dns_lookup_seconds_bucket{le="0.001",part="guard"} 2
+remit_dns_lookup_seconds_bucket{le="0.5",part="guard"} 2
+remit_dns_lookup_seconds_bucket{le="+Inf",part="guard"} 3
 # HELP remit_dns_leases Leases in force
 # TYPE remit_dns_leases gauge
-remit_dns_leases 5
+remit_dns_leases{agent="billing-recon"} 5
 # HELP remit_apply_seconds Putting a registry in force, in all
 # TYPE remit_apply_seconds counter
 remit_apply_seconds_total 0.5

@@ -11,7 +11,7 @@ use crate::{
         registry::{self, Unread},
         settings::Settings,
     },
-    policy::{self, AgentTables, Clock, Compilation, Finding, Names, SourceKind},
+    policy::{self, AgentTables, Clock, Compilation, Finding, SourceKind},
 };
 
 /// A compiled registry and what was wrong with it.
@@ -25,18 +25,13 @@ pub(super) struct Compiled {
 
 /// Reads and compiles the given files, or without any the registry of the settings.
 pub(super) fn compile(settings: &Settings, given: &[PathBuf]) -> Compiled {
-    compile_on(settings, given, registry::names(settings))
-}
-
-/// [`compile`] where names lead somewhere or not.
-pub(super) fn compile_on(settings: &Settings, given: &[PathBuf], names: Names) -> Compiled {
     let read = if given.is_empty() {
         registry::read(&settings.paths)
     } else {
         registry::read_given(given, &settings.paths)
     };
     let now = jiff::Timestamp::now().as_millisecond();
-    let mut compilation = policy::compile_on(&read.sources, now, names);
+    let mut compilation = policy::compile_on(&read.sources, now, registry::names(settings));
     let files = read.sources.len();
     if !given.is_empty() {
         // A set that was not named and that nothing uses is somebody else's.

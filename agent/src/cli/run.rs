@@ -18,7 +18,6 @@ use crate::{
         standalone::Standalone,
     },
     launch::{self, Launch, Options, Signals},
-    policy::Names,
 };
 
 /// Arguments of `remit run`.
@@ -32,8 +31,8 @@ pub(super) struct Arguments {
         required_unless_present = "policy"
     )]
     agent: Option<String>,
-    /// Enforce this registry entry for as long as it runs; no daemon is needed. Prints the
-    /// violations afterwards.
+    /// Enforce this registry entry for as long as it runs, its names too; no daemon is needed.
+    /// Prints the violations afterwards.
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
     /// Run it as root although sudo says who is behind.
@@ -66,8 +65,7 @@ pub(super) fn run(global: &Global, arguments: Arguments) -> Result {
 
 /// Under a fence of its own, which lives as long as the command.
 fn alone(settings: &Settings, policy: PathBuf, launch: &Launch) -> Result {
-    let names = Names::Unguarded("`remit run --policy` has no DNS guard to resolve it");
-    let compiled = compiled::compile_on(settings, std::slice::from_ref(&policy), names);
+    let compiled = compiled::compile(settings, std::slice::from_ref(&policy));
     for finding in &compiled.compilation.findings {
         output::talk(finding);
     }

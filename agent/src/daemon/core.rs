@@ -335,7 +335,7 @@ impl Core {
     pub fn stop(&mut self, reason: &str) {
         self.drain();
         self.recorder.settle(&mut self.enforcer);
-        self.settle_lookups();
+        self.lookups.settle(&mut self.recorder);
         self.settle_access();
         self.write_access();
         self.keep_clock();
@@ -469,7 +469,7 @@ impl Core {
     /// Once a second. Returns whether the tables were written anew.
     pub fn settle(&mut self) -> bool {
         self.recorder.settle(&mut self.enforcer);
-        self.settle_lookups();
+        self.lookups.settle(&mut self.recorder);
         self.tend_trail();
         self.tend_access();
         self.enforcer.sweep();
@@ -572,12 +572,11 @@ pub(super) fn open_alone(
         // Nobody would read it.
         accounts: false,
     };
-    Ok(Enforcer::open(
-        EMBEDDED,
-        bpffs,
-        Capacity::for_images(images),
-        &tuning,
-    )?)
+    let mut capacity = Capacity::for_images(images);
+    if images.iter().any(Image::uses_names) {
+        capacity.rule_sets = capacity.rule_sets.max(names::RULE_SETS_ALONE);
+    }
+    Ok(Enforcer::open(EMBEDDED, bpffs, capacity, &tuning)?)
 }
 
 /// Boot time for the self-test and the answers, so that callers need not know the kernel module.

@@ -60,6 +60,17 @@ impl Core {
         (named.len(), without)
     }
 
+    /// How many leases each agent that uses names has in force.
+    pub(super) fn live_leases(&self) -> Vec<(String, u64)> {
+        let now = crate::kernel::boot_nanos();
+        let count = |(agent, id)| {
+            let leases = self.enforcer.leases_of(agent);
+            let live = leases.iter().filter(|(_, rules)| ends(rules) > now);
+            (id, live.count() as u64)
+        };
+        self.named().into_iter().map(count).collect()
+    }
+
     /// The leases of an agent that have not ended: the first, and how many there are.
     pub(super) fn leases_of(&self, id: &str, agent: u32) -> (Vec<Lease>, u64) {
         let now = crate::kernel::boot_nanos();

@@ -6,11 +6,11 @@ use std::collections::HashMap;
 
 use agent_ebpf::abi::{Asked, Verdict, Witness};
 
-use super::core::Core;
+use super::recorder::Recorder;
 use crate::{
     audit::{Endpoint, Lookup, ProcessInfo},
     dns::{
-        guard::{Report, Why},
+        guard::Report,
         server::{Client, Transport},
     },
     kernel::boot_nanos,
@@ -58,18 +58,6 @@ pub struct Refused {
     pub asked: Asked,
 }
 
-/// A word for what was wrong.
-const fn wrong(why: Why) -> &'static str {
-    match why {
-        Why::Name => "name",
-        Why::Search => "search",
-        Why::Kind => "kind",
-        Why::Budget => "budget",
-        Why::Address(_) => "address",
-        Why::Full => "full",
-    }
-}
-
 impl Refused {
     /// The line, for so many of them. `with` is the rest.
     pub fn lookup(&self, count: u64, process: ProcessInfo) -> Lookup {
@@ -94,7 +82,7 @@ impl Refused {
             reason: *reason,
             name: name.clone(),
             kind: kind.clone(),
-            why: wrong(*why),
+            why: why.word(),
             text: text.clone(),
             resolver: Some(Endpoint {
                 ip: resolver,
@@ -135,7 +123,7 @@ impl Lookups {
         let kind = Kind {
             name: refused.report.name.clone(),
             kind: refused.report.kind.clone(),
-            why: wrong(refused.report.why),
+            why: refused.report.why.word(),
             monitored: refused.report.monitored,
             pid: refused.asked.pid,
         };
@@ -164,34 +152,25 @@ impl Lookups {
     }
 }
 
-impl Core {
+impl Lookups {
     /// Tells of a lookup.
-    pub(super) fn tell_lookup(&mut self, report: &Report, client: &Client) {
-        let Some((agent, noted)) = self.names.noted(&self.enforcer, client) else {
-            return;
-        };
-        let refused = Refused {
-            agent,
-            report: report.clone(),
-            client: *client,
-            asked: noted,
-        };
-        if self.lookups.take(&refused) && !self.recorder.write_lookup(boot_nanos(), &refused, 1) {
-            self.lookups.add_over(refused, 1);
+    pub fn tell(&mut self, recorder: &mut Recorder, refused: Refused) {
+        if self.take(&refused) && !recorder.write_lookup(boot_nanos(), &refused, 1) {
+            self.add_over(refused, 1);
         }
     }
 
     /// Once a second: what was folded, and what is over the allowance.
-    pub(super) fn settle_lookups(&mut self) {
+    pub fn settle(&mut self, recorder: &mut Recorder) {
         let now = boot_nanos();
-        let mut lookups = std::mem::take(&mut self.lookups);
+        let mut lookups = std::mem::take(self);
         for (_, told) in std::mem::take(&mut lookups.told) {
-            if told.more > 0 && !self.recorder.write_lookup(now, &told.refused, told.more) {
+            if told.more > 0 && !recorder.write_lookup(now, &told.refused, told.more) {
                 lookups.add_over(told.refused, told.more);
             }
         }
         for (_, (count, refused)) in lookups.over {
-            self.recorder.write_lookups_over(now, &refused, count);
+            recorder.write_lookups_over(now, &refused, count);
         }
     }
 }

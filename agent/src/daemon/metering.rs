@@ -11,11 +11,15 @@ use tracing::error;
 
 use super::{DaemonError, core::Core, settings::Settings, time::wall_millis};
 use crate::{
-    audit::metrics::{CONTENT_TYPE, Decisions, MapUse, Snapshot, Times, encode},
+    audit::metrics::{CONTENT_TYPE, Decisions, Lookups, MapUse, Snapshot, Spread, Times, encode},
     control::{
         Call,
         protocol::{Code, Exposition, Refusal},
         scrape,
+    },
+    dns::{
+        server::Server,
+        tally::{BOUNDS, Spent},
     },
     policy,
 };
@@ -126,6 +130,17 @@ impl Core {
             entries: usage.entries,
             capacity: usage.capacity,
         });
+        let server = self.names.server();
+        let (lookups, lookup_times) = server.map_or_else(Default::default, lookups);
+        let dropped = server.map(|server| {
+            let unanswered = server.unanswered();
+            [
+                ("busy", unanswered.busy),
+                ("malformed", unanswered.malformed),
+                ("nobodys", unanswered.nobodys),
+            ]
+        });
+        let dropped = dropped.into_iter().flatten();
         Snapshot {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             decisions: self.decisions(),
@@ -137,8 +152,10 @@ impl Core {
             expiries,
             revision: self.force.revision,
             maps: usage.collect(),
-            dns: BTreeMap::new(),
-            dns_leases: None,
+            lookups,
+            lookups_dropped: owned(dropped),
+            lookup_times,
+            leases: self.live_leases(),
             apply: self.meter.apply,
             repair: self.meter.repair,
             trail: self
@@ -183,6 +200,34 @@ impl Core {
             }
         }
         decisions
+    }
+}
+
+/// What came of lookups, and how long they took.
+fn lookups(server: &Server) -> (Vec<Lookups>, Vec<(&'static str, Spread)>) {
+    let tally = server.tally();
+    let lookups = tally.each().map(|(agent, came, count)| {
+        let (outcome, reason) = came.words();
+        Lookups {
+            agent: agent.to_owned(),
+            outcome,
+            reason,
+            count,
+        }
+    });
+    let times = [
+        ("guard", spread(&tally.guard)),
+        ("upstream", spread(&tally.upstream)),
+    ];
+    (lookups.collect(), times.into())
+}
+
+fn spread(spent: &Spent) -> Spread {
+    let bounds = BOUNDS.iter().map(|micros| *micros as f64 / 1e6);
+    let bounds = bounds.chain([f64::INFINITY]);
+    Spread {
+        counts: bounds.zip(spent.counts).collect(),
+        sum: spent.sum.as_secs_f64(),
     }
 }
 

@@ -30,6 +30,7 @@ mod lock;
 mod lookups;
 mod metering;
 mod names;
+mod naming;
 mod posture;
 mod probe;
 mod reconcile;
@@ -40,6 +41,7 @@ mod selftest;
 pub mod settings;
 pub mod standalone;
 mod time;
+mod watch;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -119,6 +121,9 @@ pub enum DaemonError {
     /// The kernel's verdict is not memory's.
     #[error("self-test: {0}; nothing is declared ready on such grounds")]
     SelfTest(String),
+    /// The DNS guard of a fence without a daemon.
+    #[error("the DNS guard cannot be started: {0}")]
+    Names(String),
     /// A log.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -153,8 +158,9 @@ pub enum DaemonError {
 
 /// Runs the daemon until it is told to stop. On SIGTERM and SIGINT the fence stays.
 pub fn run(settings: Settings, options: Options) -> Result<(), DaemonError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // One thread: a lookup asks the daemon's task twice before it is answered, and nothing here can
+    // go on without that task for long. Two would wake each other four times for each lookup.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System {

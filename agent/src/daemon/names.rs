@@ -1,9 +1,12 @@
 //! Names: where the DNS guard meets the kernel. Whose question it is is told by its socket, as egress
 //! has noted it; leases are written and read back before an answer leaves.
 //!
-//! Each agent that uses names has an endpoint in the daemon's own network namespace and in each that
-//! a process of it lives in. One that is new is seen within a second, or at once when the kernel
-//! refuses a lookup there; until then lookups are refused.
+//! Each agent that uses names has an endpoint in the network namespace of whoever guards it and in
+//! each that a process of it lives in. One that is new is seen within a second, or at once when the
+//! kernel refuses a lookup there; until then lookups are refused.
+//!
+//! The daemon guards with it ([`super::naming`]), and so does a fence without one
+//! ([`super::watch`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,11 +19,10 @@ use std::{
 
 use agent_ebpf::abi::{Addr, Asked, Endpoint as Place, FLAG_NAMES, Rule};
 use tokio::sync::mpsc;
-use tracing::warn;
 
 use super::{
-    core::Core,
-    force::{self, Force},
+    lookups::Refused,
+    recorder::Recorder,
     settings::{Dns, Settings, Upstream},
     time::Offset,
 };
@@ -28,11 +30,12 @@ use crate::{
     dns::{
         budget::Limit,
         endpoint::Sockets,
-        guard::{AddressLease, Limits},
+        guard::{AddressLease, Limits, Report},
         lease::Bounds,
         resolv,
         server::{
-            Client, Config, Endpoint, Identity, LeaseError, Request, Server, Source, Transport,
+            Client, Config, Endpoint, Identity, LeaseError, Request, SearchIn, Server, Source,
+            Transport,
         },
     },
     kernel::{ApplyError, Enforcer, Image, boot_nanos},
@@ -53,6 +56,8 @@ const REMEMBERED: u64 = 3_600_000_000_000;
 const UNUSED: Duration = Duration::from_secs(10);
 /// A namespace in which lookups are refused is looked for again after this.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How often what has ended is looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 
@@ -245,14 +250,179 @@ impl Names {
         (fresh && noted.agent == agent && noted.endpoint == client.endpoint.0)
             .then_some((agent, noted))
     }
+
+    /// Whose question it is; `tables` are those in force of the agent with an id.
+    pub fn identify(
+        &self,
+        enforcer: &Enforcer,
+        client: &Client,
+        tables: impl FnOnce(&str) -> Option<Arc<AgentTables>>,
+    ) -> Option<Identity> {
+        let (agent, noted) = self.noted(enforcer, client)?;
+        Some(Identity {
+            tables: tables(enforcer.id_of(agent)?)?,
+            search: SearchIn::Process(noted.pid),
+        })
+    }
+
+    /// A lookup to tell of, if it is known who asked.
+    pub fn refused(&self, enforcer: &Enforcer, report: Report, client: Client) -> Option<Refused> {
+        let (agent, asked) = self.noted(enforcer, &client)?;
+        Some(Refused {
+            agent,
+            report,
+            client,
+            asked,
+        })
+    }
+
+    /// Sees to the endpoints of the agents `named`: one in the network namespace of this process,
+    /// and one in each that one of `processes` lives in (each with its agent). Closes those that
+    /// nobody needs.
+    ///
+    /// # Errors
+    /// In words, which lookups are refused because an endpoint could not be opened.
+    pub fn tend(
+        &mut self,
+        enforcer: &mut Enforcer,
+        named: &BTreeSet<u32>,
+        processes: impl IntoIterator<Item = (u32, u32)>,
+    ) -> Result<(), String> {
+        if self.server.is_none() {
+            return Ok(());
+        }
+        let mut wanted: BTreeMap<(u32, Netns), String> = BTreeMap::new();
+        if let Some(own) = Netns::of(OWN) {
+            wanted.extend(named.iter().map(|agent| ((*agent, own), OWN.to_owned())));
+        }
+        let mut seen: HashMap<u32, Option<Netns>> = HashMap::new();
+        for (agent, pid) in processes {
+            let netns = seen
+                .entry(pid)
+                .or_insert_with(|| Netns::of(&pid.to_string()));
+            if let Some(netns) = *netns {
+                let of = wanted.entry((agent, netns));
+                of.or_insert_with(|| pid.to_string());
+            }
+        }
+        let mut failed = None;
+        for ((agent, netns), process) in &wanted {
+            if let Some(door) = self.doors.get_mut(&(*agent, *netns)) {
+                door.used = Instant::now();
+                continue;
+            }
+            if let Err(error) = self.open(enforcer, *agent, *netns, process) {
+                // A process that has ended meanwhile needs none.
+                if Netns::of(process) == Some(*netns) {
+                    failed.get_or_insert(format!(
+                        "lookups of agent {agent} in the network namespace of process {process} \
+                         are refused: {error:#}"
+                    ));
+                }
+            }
+        }
+        let unused: Vec<(u32, Netns)> = self
+            .doors
+            .iter()
+            .filter(|((agent, _), door)| !named.contains(agent) || door.used.elapsed() > UNUSED)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in unused {
+            self.close(enforcer, key);
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Whether it is time to look again for namespaces in which lookups are refused; then that is
+    /// noted as done.
+    pub fn looks_again(&mut self) -> bool {
+        let due = |at: Instant| at.elapsed() >= AGAIN;
+        let looks = self.looked.is_none_or(due);
+        if looks {
+            self.looked = Some(Instant::now());
+        }
+        looks
+    }
+
+    /// Once a second: forgets what has ended. Returns the agents with open connections that have
+    /// outlived their leases for as long as they may, whose packets the kernel refuses from now on.
+    pub fn turn(&mut self, enforcer: &mut Enforcer) -> Vec<u32> {
+        let now = boot_nanos();
+        let since = std::mem::replace(&mut self.ended, now);
+        let over = enforcer.leases_over(since, now);
+        let due = |at: Instant| at.elapsed() >= SWEEP_EVERY;
+        if self.swept.is_none_or(due) {
+            self.swept = Some(Instant::now());
+            if let Some(server) = &self.server {
+                server.sweep();
+            }
+            enforcer.drop_leases(now, REMEMBERED);
+        }
+        over
+    }
+
+    /// Agents whose names are in force; returns those that were before and are not any more, which
+    /// the guard forgets.
+    pub fn know(&mut self, named: BTreeSet<String>) -> Vec<String> {
+        let gone: Vec<String> = self.known.difference(&named).cloned().collect();
+        if let Some(server) = &self.server {
+            gone.iter().for_each(|gone| server.forget(gone));
+        }
+        self.known = named;
+        gone
+    }
 }
 
-/// The daemon itself, in /proc.
+/// What an answer waits for.
+pub struct LeaseOrder {
+    /// The tables under which it was judged.
+    pub tables: Arc<AgentTables>,
+    /// The rules of each address.
+    pub leases: Vec<AddressLease>,
+    /// The name.
+    pub host: String,
+    /// All addresses that it led to.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Puts leases in force and reads them back. `current` are the agent's tables in force.
+///
+/// # Errors
+/// When they are others by now, or the kernel does not have the leases.
+pub fn put_leases(
+    enforcer: &mut Enforcer,
+    recorder: &mut Recorder,
+    current: Option<&Arc<AgentTables>>,
+    order: LeaseOrder,
+) -> Result<(), LeaseError> {
+    let failed = |why: &str| LeaseError::Failed(why.to_owned());
+    let current = current.ok_or_else(|| failed("the agent is not registered any more"))?;
+    if !Arc::ptr_eq(current, &order.tables) {
+        return Err(LeaseError::Changed(Arc::clone(current)));
+    }
+    let index = enforcer.index_of(&current.id);
+    let index = index.ok_or_else(|| failed("the agent is not in the kernel"))?;
+    recorder.learn_name(index, &order.host, &order.addresses);
+    let leases = rules(order.leases);
+    let mut done = enforcer.lease(index, &leases);
+    if let Err(ApplyError::Full { .. }) = done {
+        // What is only remembered gives way.
+        enforcer.drop_leases(boot_nanos(), 0);
+        enforcer.sweep();
+        done = enforcer.lease(index, &leases);
+    }
+    done.map_err(|error| LeaseError::Failed(format!("{:#}", anyhow::Error::from(error))))
+}
+
+/// This process, in /proc.
 const OWN: &str = "self";
 
 /// Blocks of rules that there is room for where names are used: leases of different names share
 /// none.
 pub const RULE_SETS: u32 = 65_536;
+/// The same for one agent without a daemon, which lives as long as one command: 4 MiB. Past it what
+/// is over and only remembered gives way.
+pub const RULE_SETS_ALONE: u32 = 16_384;
 
 /// Has the kernel turn the lookups of an agent that uses names, and gives the image the leases that
 /// the guard knows. Returns whether it does.
@@ -269,254 +439,12 @@ pub fn mark(names: &Names, tables: &AgentTables, image: &mut Image) -> bool {
 }
 
 /// What the kernel takes of leases.
-pub(super) fn rules(leases: Vec<AddressLease>) -> Vec<(Addr, Vec<Rule>)> {
+fn rules(leases: Vec<AddressLease>) -> Vec<(Addr, Vec<Rule>)> {
     let each = leases.into_iter().map(|lease| {
         let rules = lease.rules.iter().map(|rule| rule.rule()).collect();
         (Addr::from(lease.addr).effective(), rules)
     });
     each.collect()
-}
-
-impl Core {
-    /// What shall be in force of `force`, with the leases that it has.
-    pub(super) fn images(&self, force: &Force) -> Vec<Image> {
-        let mut images = force.images(&self.offset.clock());
-        for image in &mut images {
-            if let Some(agent) = force.agents.get(&image.id) {
-                self.name(image, &agent.tables);
-            }
-        }
-        images
-    }
-
-    /// One agent of [`Self::images`].
-    pub(super) fn image(&self, tables: &AgentTables) -> Image {
-        let mut image = force::image(tables, &self.offset.clock());
-        self.name(&mut image, tables);
-        image
-    }
-
-    fn name(&self, image: &mut Image, tables: &AgentTables) {
-        mark(&self.names, tables, image);
-        // What leases open is a matter of the names; they have to be written anew with them.
-        let now = self.force.agents.get(&image.id);
-        image.fresh = self.names.server().is_some()
-            && now.is_some_and(|now| now.tables.names != tables.names);
-    }
-
-    /// Whether some agent in force uses names, and the guard is there for it.
-    pub(super) fn uses_names(&self, force: &Force) -> bool {
-        self.names.server().is_some()
-            && force
-                .agents
-                .values()
-                .any(|agent| !agent.tables.names.is_empty())
-    }
-
-    /// Has the fences turn lookups if an agent in force wants it, and not otherwise.
-    pub(super) fn guard_names(&mut self, wanted: bool) {
-        match self.enforcer.guard_names(wanted) {
-            Ok(_) => drop(self.problems.remove("names")),
-            Err(error) => {
-                let why = format!("{:#}", anyhow::Error::from(error));
-                warn!(message = "The DNS guard's hooks could not be changed.", why);
-                self.problems.insert(
-                    "names",
-                    format!("lookups are not turned to the guard: {why}"),
-                );
-            }
-        }
-    }
-
-    /// After new tables are in force: forgets agents that are gone, and opens endpoints.
-    pub(super) fn follow_names(&mut self) {
-        let wanted = self.uses_names(&self.force);
-        self.guard_names(wanted);
-        let named: BTreeSet<String> = self.named().into_iter().map(|(_, id)| id).collect();
-        for gone in self.names.known.difference(&named) {
-            if let Some(server) = self.names.server() {
-                server.forget(gone);
-            }
-            if let Some(index) = self.enforcer.index_of(gone) {
-                self.recorder.forget_names(index);
-            }
-        }
-        self.names.known = named;
-        self.tend_endpoints(None);
-    }
-
-    /// The agents that use names, with their indices.
-    pub(super) fn named(&self) -> Vec<(u32, String)> {
-        let named = self
-            .force
-            .agents
-            .iter()
-            .filter(|(_, agent)| !agent.tables.names.is_empty());
-        named
-            .filter_map(|(id, _)| Some((self.enforcer.index_of(id)?, id.clone())))
-            .collect()
-    }
-
-    /// Opens what endpoints are missing, of `only` these agents or of all, and closes those that
-    /// nobody needs.
-    pub(super) fn tend_endpoints(&mut self, only: Option<&BTreeSet<u32>>) {
-        if self.names.server().is_none() {
-            return;
-        }
-        let named = self.named();
-        let mut wanted: BTreeMap<(u32, Netns), String> = BTreeMap::new();
-        let own = Netns::of(OWN);
-        let mut seen: HashMap<u32, Option<Netns>> = HashMap::new();
-        for (agent, _) in &named {
-            if let Some(own) = own {
-                wanted.insert((*agent, own), OWN.to_owned());
-            }
-            if only.is_some_and(|only| !only.contains(agent)) {
-                continue;
-            }
-            let places = self
-                .claims
-                .iter()
-                .filter(|(_, (_, claimant))| claimant == agent);
-            for (path, _) in places {
-                for pid in self.hierarchy.processes(path, true).unwrap_or_default() {
-                    let netns = seen
-                        .entry(pid)
-                        .or_insert_with(|| Netns::of(&pid.to_string()));
-                    if let Some(netns) = *netns {
-                        wanted
-                            .entry((*agent, netns))
-                            .or_insert_with(|| pid.to_string());
-                    }
-                }
-            }
-        }
-        let mut failed = None;
-        for ((agent, netns), process) in &wanted {
-            if let Some(door) = self.names.doors.get_mut(&(*agent, *netns)) {
-                door.used = Instant::now();
-                continue;
-            }
-            if let Err(error) = self.names.open(&mut self.enforcer, *agent, *netns, process) {
-                // A process that has ended meanwhile needs none.
-                if Netns::of(process) == Some(*netns) {
-                    failed.get_or_insert(format!(
-                        "lookups of agent {agent} in the network namespace of process {process} \
-                         are refused: {error:#}"
-                    ));
-                }
-            }
-        }
-        let unused: Vec<(u32, Netns)> = self
-            .names
-            .doors
-            .iter()
-            .filter(|((agent, _), door)| {
-                !named.iter().any(|(of, _)| of == agent) || door.used.elapsed() > UNUSED
-            })
-            .map(|(key, _)| *key)
-            .collect();
-        for key in unused {
-            self.names.close(&mut self.enforcer, key);
-        }
-        match failed {
-            Some(why) if self.problems.get("endpoints") != Some(&why) => {
-                warn!(message = "An endpoint of the DNS guard is missing.", why);
-                self.problems.insert("endpoints", why);
-            }
-            Some(_) => {}
-            None => drop(self.problems.remove("endpoints")),
-        }
-    }
-
-    /// Lookups were refused for want of an endpoint.
-    pub(super) fn unguarded(&mut self, agents: &BTreeSet<u32>) {
-        let again = |at: Instant| at.elapsed() >= AGAIN;
-        if agents.is_empty() || !self.names.looked.is_none_or(again) {
-            return;
-        }
-        self.names.looked = Some(Instant::now());
-        self.tend_endpoints(Some(agents));
-    }
-
-    /// Ends connections that have outlived their leases for as long as they may: the kernel refuses
-    /// their packets from now on.
-    fn end_leased(&mut self) {
-        let now = boot_nanos();
-        let since = std::mem::replace(&mut self.names.ended, now);
-        let agents = self.enforcer.leases_over(since, now);
-        if !agents.is_empty() {
-            self.close_unreachable(Some(&agents));
-        }
-    }
-
-    /// Once a second.
-    pub(super) fn tend_names(&mut self) {
-        self.tend_endpoints(None);
-        self.end_leased();
-        let due = |at: Instant| at.elapsed() >= Duration::from_secs(5);
-        if self.names.swept.is_none_or(due) {
-            self.names.swept = Some(Instant::now());
-            if let Some(server) = self.names.server() {
-                server.sweep();
-            }
-            self.enforcer.drop_leases(boot_nanos(), REMEMBERED);
-        }
-    }
-
-    /// Answers the guard.
-    pub fn lookup(&mut self, request: Request) {
-        // One that waits no longer is no reason to complain.
-        match request {
-            Request::Identify { client, reply } => drop(reply.send(self.identify(&client))),
-            Request::Lease {
-                tables,
-                leases,
-                host,
-                addresses,
-                reply,
-            } => {
-                let done = self.put_leases(&tables, leases, &host, &addresses);
-                drop(reply.send(done));
-            }
-            Request::Report { report, client } => self.tell_lookup(&report, &client),
-        }
-    }
-
-    fn identify(&self, client: &Client) -> Option<Identity> {
-        let (agent, _) = self.names.noted(&self.enforcer, client)?;
-        let id = self.enforcer.id_of(agent)?;
-        let tables = Arc::clone(&self.force.agents.get(id)?.tables);
-        let search = self.names.server()?.search().into();
-        Some(Identity { tables, search })
-    }
-
-    fn put_leases(
-        &mut self,
-        tables: &Arc<AgentTables>,
-        leases: Vec<AddressLease>,
-        host: &str,
-        addresses: &[IpAddr],
-    ) -> Result<(), LeaseError> {
-        let failed = |why: &str| LeaseError::Failed(why.to_owned());
-        let agent = self.force.agents.get(&tables.id);
-        let current = agent.ok_or_else(|| failed("the agent is not registered any more"))?;
-        if !Arc::ptr_eq(&current.tables, tables) {
-            return Err(LeaseError::Changed(Arc::clone(&current.tables)));
-        }
-        let index = self.enforcer.index_of(&tables.id);
-        let index = index.ok_or_else(|| failed("the agent is not in the kernel"))?;
-        self.recorder.learn_name(index, host, addresses);
-        let leases = rules(leases);
-        let mut done = self.enforcer.lease(index, &leases);
-        if let Err(ApplyError::Full { .. }) = done {
-            // What is only remembered gives way.
-            self.enforcer.drop_leases(boot_nanos(), 0);
-            self.enforcer.sweep();
-            done = self.enforcer.lease(index, &leases);
-        }
-        done.map_err(|error| LeaseError::Failed(format!("{:#}", anyhow::Error::from(error))))
-    }
 }
 
 impl Offset {

@@ -4,33 +4,32 @@
 //! it the agent's cgroup. When the command ends, what is left in the tree is killed and seen empty
 //! before the fence is lifted. If this process dies first, the pinned fence stays, and a later
 //! remit command [sweeps](sweep) it once the tree is empty.
+//!
+//! An agent with names gets the DNS guard in this process ([`super::watch`]), in force before the
+//! command starts. When this process dies the guard is gone, and what is left of the command
+//! resolves nothing any more.
 
 use std::{
     fs, io,
-    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
-    thread,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
 use super::{
     DaemonError, core, force,
+    names::{self, Names},
     recorder::{Recorder, Sink},
     selftest,
     settings::Settings,
     time::Offset,
+    watch::{Post, Watch},
 };
 use crate::{
     cgroup::{self, CgroupPath, Hierarchy, Populated},
-    kernel::{self, Enforcer},
+    kernel,
     policy::{AgentTables, Compilation},
 };
 
@@ -46,12 +45,6 @@ pub struct Standalone {
     agent: CgroupPath,
     pins: PathBuf,
     watch: Watch,
-}
-
-/// The thread that takes in records while the command runs.
-struct Watch {
-    stop: Arc<AtomicBool>,
-    done: mpsc::Receiver<(Enforcer, Vec<Value>)>,
 }
 
 impl Standalone {
@@ -113,15 +106,17 @@ impl Standalone {
             Arc::new(compilation.unregistered.clone()),
             Arc::new(tables.clone()),
         ];
-        let images: Vec<_> = all
-            .iter()
-            .map(|tables| force::image(tables, &clock))
-            .collect();
+        let [unregistered, tables] = &all;
+        let (guard, asked) = Names::start(settings, offset);
+        let mut image = force::image(tables, &clock);
+        let uses_names = names::mark(&guard, tables, &mut image);
+        let images = [force::image(unregistered, &clock), image];
         hierarchy.create(agent)?;
         // Where there is no bpffs yet, one is mounted for all runs, not for this one.
         kernel::prepare_bpffs(&settings.paths.bpffs)?;
         let rate = settings.log.per_agent_rate;
         let mut enforcer = core::open_alone(pins, &images, rate)?;
+        enforcer.guard_names(uses_names)?;
         enforcer.apply(&images)?;
         let id = hierarchy.id(agent)?;
         enforcer.attribute(&[(id, &tables.id)])?;
@@ -133,7 +128,15 @@ impl Standalone {
         let sink = Sink::Memory(Vec::new());
         let mut recorder = Recorder::new(sink, allowance, hierarchy.clone(), offset);
         recorder.learn(&enforcer, 1, &all);
-        Ok(Watch::start(enforcer, recorder))
+        Watch::start(Post {
+            enforcer,
+            recorder,
+            names: (guard, asked),
+            tables: Arc::clone(tables),
+            hierarchy: hierarchy.clone(),
+            root: root.clone(),
+            agent: (agent.clone(), id),
+        })
     }
 
     /// The hierarchy that [`Self::cgroup`] is in.
@@ -178,61 +181,6 @@ impl Standalone {
         }
         Ok(lines)
     }
-}
-
-impl Watch {
-    fn start(mut enforcer: Enforcer, mut recorder: Recorder) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (send, done) = mpsc::channel();
-        let told = Arc::clone(&stop);
-        // Without it the thread still looks every few milliseconds.
-        let ring = enforcer.ring().ok();
-        thread::spawn(move || {
-            let mut settled = Instant::now();
-            while !told.load(Ordering::Acquire) {
-                recorder.drain(&mut enforcer);
-                if settled.elapsed() >= Duration::from_secs(1) {
-                    recorder.settle(&mut enforcer);
-                    settled = Instant::now();
-                }
-                wait(ring.as_ref());
-            }
-            // Nobody is left who could add to the counters: what they say now is final. The ledger
-            // settles what it has seen twice, a second apart.
-            recorder.settle(&mut enforcer);
-            if recorder.owes(&enforcer) {
-                for _ in 0..4 {
-                    thread::sleep(Duration::from_millis(1_100));
-                    recorder.settle(&mut enforcer);
-                    if !recorder.owes(&enforcer) {
-                        break;
-                    }
-                }
-            }
-            // The receiver is only gone when this process is ending anyway.
-            drop(send.send((enforcer, recorder.lines())));
-        });
-        Self { stop, done }
-    }
-
-    fn finish(self) -> (Option<Enforcer>, Vec<Value>) {
-        self.stop.store(true, Ordering::Release);
-        match self.done.recv() {
-            Ok((enforcer, lines)) => (Some(enforcer), lines),
-            Err(mpsc::RecvError) => (None, Vec::new()),
-        }
-    }
-}
-
-/// Waits until a CPU says that there are records, or a few milliseconds.
-fn wait(ring: Option<&OwnedFd>) {
-    const PAUSE_MILLIS: u8 = 5;
-    let Some(ring) = ring else {
-        return thread::sleep(Duration::from_millis(PAUSE_MILLIS.into()));
-    };
-    let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
-    // A signal cuts it short, which is as well.
-    let _woken = poll(&mut fds, PollTimeout::from(PAUSE_MILLIS));
 }
 
 /// A name that no other run has: the agent, this process, and when it started, so that a later

@@ -236,6 +236,11 @@ impl Reply {
         self
     }
 
+    /// What came of the question.
+    pub fn code(&self) -> ResponseCode {
+        self.0.metadata.response_code
+    }
+
     /// Adds records of the answer.
     #[must_use]
     pub fn answers(mut self, records: Vec<Record>) -> Self {

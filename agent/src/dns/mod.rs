@@ -14,7 +14,7 @@
 //!  agent ◀── reply ──────┘
 //! ```
 //!
-//! Pure: [`name`], [`message`], [`budget`], [`lease`], [`guard`]. The rim: [`endpoint`],
+//! Pure: [`name`], [`message`], [`budget`], [`lease`], [`guard`], [`tally`]. The rim: [`endpoint`],
 //! [`resolv`], [`upstream`], [`server`]. The guard knows no kernel: it *returns* leases, and the
 //! daemon writes them. Nothing is cached here but what the leases need: see [`upstream`].
 //!
@@ -29,4 +29,5 @@ pub mod message;
 pub mod name;
 pub mod resolv;
 pub mod server;
+pub mod tally;
 pub mod upstream;

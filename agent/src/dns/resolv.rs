@@ -1,17 +1,22 @@
-//! The host's `resolv.conf`: whom to ask, and which domains its resolvers try. Read again when it
-//! changes.
+//! `resolv.conf`. The host's: whom to ask, and which domains its resolvers try; read again when it
+//! changes. That of a process with files of its own: only the domains.
 
 use std::{
     fs,
     io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::unix::fs::MetadataExt as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use super::name::canonical;
 use hickory_proto::rr::Name;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+
+use super::name::canonical;
 
 /// Where resolvers look.
 pub const PATH: &str = "/etc/resolv.conf";
@@ -45,6 +50,40 @@ pub struct Watched {
     /// Whether it was told that the file can't be read.
     missing: bool,
     held: Resolv,
+}
+
+/// Whether a process sees the files that this one sees: the same mounts, the same root. Not for one
+/// that has ended.
+pub fn shares_files(process: u32) -> bool {
+    let mounts = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let root = fs::read_link(format!("/proc/{process}/root")).ok();
+    let (own, its) = (mounts("self"), mounts(&process.to_string()));
+    own.is_some() && own == its && root.as_deref() == Some(Path::new("/"))
+}
+
+/// The search domains of a process, out of the `resolv.conf` that it sees. Its files may be the
+/// agent's: no link leads out of its root, nothing but a regular file is opened, and no more is read
+/// than a `resolv.conf` may have. Whoever serves the file (FUSE) can hold this up for good: to be
+/// called on a thread that may stay.
+///
+/// # Errors
+/// When the process has ended, or there is no such file.
+pub fn search_of(process: u32) -> io::Result<Vec<String>> {
+    let root = fs::File::options()
+        .read(true)
+        .custom_flags((OFlag::O_PATH | OFlag::O_DIRECTORY).bits())
+        .open(format!("/proc/{process}/root"))?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let found = fs::File::from(openat2(&root, PATH, how)?);
+    if !found.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let file = fs::File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+    Ok(Resolv::parse(&String::from_utf8_lossy(&bytes)).search)
 }
 
 // === impl Resolv ===
@@ -158,6 +197,17 @@ mod tests {
         let empty = Resolv::parse("");
         assert_eq!(empty.servers, ["127.0.0.1:53".parse().unwrap()]);
         assert!(empty.search.is_empty());
+    }
+
+    #[test]
+    fn a_process_says_by_its_files_what_it_searches() {
+        let own = std::process::id();
+        assert!(shares_files(own));
+        assert!(!shares_files(0), "no process");
+        let mut host = Watched::new(Path::new(PATH));
+        // Where there is no such file, there is none for this process either.
+        assert_eq!(search_of(own).unwrap_or_default(), host.read().0.search);
+        assert!(search_of(0).is_err());
     }
 
     #[test]

@@ -107,9 +107,13 @@ async fn udp(
     let socket = UdpSocket::bind(local).await?;
     socket.connect(server).await?;
     socket.send(question).await?;
-    let mut buffer = [0; UPSTREAM_UDP as usize];
+    // One octet more than was offered: what fills it was cut.
+    let mut buffer = [0; UPSTREAM_UDP as usize + 1];
     for _ in 0..MAX_STRAYS {
         let length = socket.recv(&mut buffer).await?;
+        if length == buffer.len() {
+            return Ok(None);
+        }
         let bytes = buffer.get(..length).unwrap_or_default();
         match message::answer(bytes, id, name, kind, true) {
             Ok(message) if message.metadata.truncation => return Ok(None),

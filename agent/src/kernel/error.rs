@@ -177,6 +177,14 @@ pub enum ApplyError {
         #[source]
         source: io::Error,
     },
+    /// Leases and a probe's grants do not share an address.
+    #[error("{key} has {by} for the moment")]
+    Taken {
+        /// The key, in words.
+        key: String,
+        /// What stands there.
+        by: &'static str,
+    },
     /// A map cannot be read.
     #[error("cannot read `{map}`")]
     Read {

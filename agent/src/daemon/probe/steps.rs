@@ -36,6 +36,8 @@ pub enum Step {
     Begin(String, mpsc::Sender<Result<Ground, String>>),
     /// What there is to see now.
     Look(mpsc::Sender<Sight>),
+    /// Whether a name has led the agent to an address.
+    Leased(IpAddr, mpsc::Sender<bool>),
     /// Grants rules at exact addresses.
     Lend(Vec<(IpAddr, Vec<Rule>)>, mpsc::Sender<Result<(), String>>),
     /// Takes them back.
@@ -236,6 +238,7 @@ impl Core {
                 let sight = self.look();
                 drop(reply.send(sight));
             }
+            Step::Leased(addr, reply) => drop(reply.send(self.is_leased(addr))),
             Step::Lend(rules, reply) => drop(reply.send(self.lend(rules))),
             Step::TakeBack(reply) => drop(reply.send(self.take_back())),
             Step::End(probed, job) => self.end_probe(*probed, job),
@@ -346,6 +349,16 @@ impl Core {
             changed: now
                 .is_none_or(|now| now.policy != policy || now.revision != self.force.revision),
         }
+    }
+
+    /// Whether a name has led the agent to an address, also if that is over: then what must come of
+    /// an attempt there is no matter of the registry alone.
+    fn is_leased(&self, addr: IpAddr) -> bool {
+        let now = self.probing.now.as_ref();
+        now.is_some_and(|now| {
+            let addr = Addr::from(addr).effective();
+            self.enforcer.leased_at(now.index, addr).is_some()
+        })
     }
 
     fn lend(&mut self, rules: Vec<(IpAddr, Vec<Rule>)>) -> Result<(), String> {

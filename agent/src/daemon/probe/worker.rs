@@ -334,6 +334,9 @@ impl<'a> Trial<'a> {
                 continue;
             };
             tried += 1;
+            if self.is_leased(ip)? {
+                continue;
+            }
             let wanted = match self.registry.wanted(ear.at, family, way) {
                 Some(wanted @ (Wanted::Refused(_) | Wanted::Monitored(_))) => wanted,
                 Some(Wanted::Through) | None => continue,
@@ -356,12 +359,27 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
+    fn is_leased(&self, ip: IpAddr) -> Result<bool, Unclear> {
+        ask(self.steps, |reply| Step::Leased(ip, reply))
+    }
+
     /// What is granted to the probe alone must arrive; but nothing of an agent that may reach
     /// nothing.
     fn grants(&mut self) -> Result<(), Unclear> {
         let lifeless = self.registry.lifeless();
         let mut plan = Vec::new();
         for family in Family::ALL {
+            if self.is_leased(localhost(family))? {
+                self.attempts.push(ProbeAttempt {
+                    name: format!("{} grant", family.name()),
+                    hook: "map".to_owned(),
+                    to: None,
+                    wanted: "must arrive".to_owned(),
+                    verdict: ProbeVerdict::Unknown,
+                    evidence: format!("a name has led the agent to {}", localhost(family)),
+                });
+                continue;
+            }
             for way in [Way::Tcp, Way::UdpConnected, Way::Udp] {
                 if let Ok(ear) = Ear::open(localhost(family), way.protocol(family)) {
                     plan.push((family, way, ear));
@@ -468,7 +486,11 @@ impl<'a> Trial<'a> {
         if after.changed {
             return Err("the registry changed while it was tried".to_owned());
         }
-        let (verdict, why) = evidence.judge(wanted, hook);
+        let (mut verdict, mut why) = evidence.judge(wanted, hook);
+        if verdict == ProbeVerdict::Fail && ear.is_some() && self.is_leased(order.to.ip())? {
+            verdict = ProbeVerdict::Unknown;
+            why = format!("a name led the agent there meanwhile ({why})");
+        }
         self.attempts.push(ProbeAttempt {
             name: order.name(),
             hook: hook.name().to_owned(),

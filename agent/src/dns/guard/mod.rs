@@ -187,6 +187,33 @@ pub enum Why {
     Full,
 }
 
+// === impl Why ===
+
+impl Why {
+    /// A word for logs and metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Name => "name",
+            Self::Search => "search",
+            Self::Kind => "kind",
+            Self::Budget => "budget",
+            Self::Address(_) => "address",
+            Self::Full => "full",
+        }
+    }
+}
+
+// === impl Action ===
+
+impl Action {
+    /// Whether it is refused for nothing but its name: below a search domain it would be answered
+    /// otherwise.
+    pub fn is_about_the_name(&self) -> bool {
+        matches!(self, Self::Reply(_, Some(report))
+            if report.why == Why::Name && report.reason == Reason::NameNotInScope)
+    }
+}
+
 /// The next whole second: leases that end alike share their rules in the kernel.
 fn whole_second(nanos: u64) -> u64 {
     nanos.div_ceil(SECOND).saturating_mul(SECOND)

@@ -39,13 +39,14 @@ impl Tables {
         let Some(mut installed) = self.in_force.remove(&agent) else {
             return Ok(());
         };
-        let done = self.lease_into(&mut installed, leases);
+        let done = self.lease_into(agent, &mut installed, leases);
         self.in_force.insert(agent, installed);
         done
     }
 
     fn lease_into(
         &mut self,
+        agent: u32,
         installed: &mut Installed,
         leases: &[(Addr, Vec<Rule>)],
     ) -> Result<(), ApplyError> {
@@ -53,6 +54,12 @@ impl Tables {
         for (addr, rules) in leases {
             let at = place(installed.content.policy, *addr);
             if is_leased(rules) {
+                if self.lent.contains(&(agent, at)) {
+                    return Err(ApplyError::Taken {
+                        key: at.to_string(),
+                        by: "a grant to a probe",
+                    });
+                }
                 let base = match installed.leases.get(&at) {
                     Some(held) => held.base,
                     None => installed.base_of(at, &self.exacts),

@@ -20,7 +20,8 @@ pub struct Loan {
 
 impl Tables {
     /// Puts `rules` at the exact address `addr` of an agent in force, in place of those that are
-    /// there. None for an agent that is not in force.
+    /// there. None for an agent that is not in force. Not where a lease stands: each would put back
+    /// what it found when it goes, and they may go in any order.
     pub fn lend(
         &mut self,
         agent: u32,
@@ -31,6 +32,13 @@ impl Tables {
             return Ok(None);
         };
         let place = Place::new(policy, Prefix { addr, len: 128 });
+        let installed = self.in_force.get(&agent);
+        if installed.is_some_and(|installed| installed.leases.contains_key(&place)) {
+            return Err(ApplyError::Taken {
+                key: place.to_string(),
+                by: "a lease",
+            });
+        }
         let before = self.entry(agent, place).map(|leaf| *leaf);
         if before.is_none() {
             self.check_room(place)?;
@@ -55,6 +63,7 @@ impl Tables {
             leaf,
             before,
         };
+        self.lent.push((agent, place));
         match self.write(&writes) {
             Ok(()) => Ok(Some(loan)),
             Err(error) => {
@@ -67,6 +76,7 @@ impl Tables {
     /// Takes a loan back. Where the agent's policy has changed meanwhile, it went with the old one.
     pub fn take_back(&mut self, loan: Loan) -> Result<(), ApplyError> {
         let now = Instant::now();
+        self.lent.retain(|lent| *lent != (loan.agent, loan.place));
         if self.policy_of(loan.agent) != Some(loan.policy) {
             self.parted.extend(loan.before.map(|leaf| (now, leaf.set)));
             return Ok(());

@@ -111,6 +111,8 @@ pub struct Tables {
     retired: Vec<(Instant, Installed)>,
     /// Rule sets that nothing points to any more, but for programs that are running.
     parted: Vec<(Instant, u32)>,
+    /// Addresses of agents that are lent to a probe.
+    lent: Vec<(u32, Place)>,
     attributed: HashMap<u64, u32>,
     epoch_now: u64,
     sets: RuleSets,
@@ -261,6 +263,7 @@ impl Tables {
             in_force: BTreeMap::new(),
             retired: Vec::new(),
             parted: Vec::new(),
+            lent: Vec::new(),
             attributed: HashMap::new(),
             epoch_now: 0,
             sets: RuleSets::new(capacity.rule_sets),

@@ -4,19 +4,22 @@
 //! A question costs its endpoint one of [`IN_FLIGHT`] places until it is answered. When an agent has
 //! none left its next datagrams are dropped, as a full buffer would, and nobody else waits. What
 //! goes to the daemon goes over one bounded channel: [`Request`].
+//!
+//! Here are the sockets; what is done with a question is in [`answer`].
+
+mod answer;
 
 use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use hickory_proto::op::ResponseCode;
 use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{Semaphore, mpsc, oneshot},
@@ -27,10 +30,11 @@ use tracing::warn;
 
 use super::{
     endpoint::Sockets,
-    guard::{Action, AddressLease, Guard, Limits, Outcome, Report},
+    guard::{AddressLease, Guard, Limits, Report},
     lease::Shown,
-    message::{self, ErrorCode, MAX_UDP, Reply, Unreadable, udp_limit},
-    resolv::Watched,
+    message::MAX_UDP,
+    resolv::{self, Watched},
+    tally::Tally,
     upstream,
 };
 use crate::policy::{AgentTables, Clock};
@@ -43,10 +47,6 @@ const CONNECTIONS: usize = 32;
 const UPSTREAM: usize = 1024;
 /// How long a TCP connection may be silent.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long the daemon may take to say whose a question is, or that leases are in force.
-const DAEMON: Duration = Duration::from_secs(3);
-/// How often an answer is judged again because the scope changed under it.
-const RETRIES: usize = 3;
 
 /// A resolver to ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,8 +98,17 @@ pub struct EndpointId(pub u64);
 pub struct Identity {
     /// The agent's tables in force.
     pub tables: Arc<AgentTables>,
-    /// The search domains of its resolver, lower case.
-    pub search: Arc<[String]>,
+    /// Where its resolver has its search domains from.
+    pub search: SearchIn,
+}
+
+/// Where search domains are found.
+#[derive(Clone, Debug)]
+pub enum SearchIn {
+    /// In the `resolv.conf` that this process sees, which is read when it matters.
+    Process(u32),
+    /// These are they: lower case, no trailing dot.
+    Known(Arc<[String]>),
 }
 
 /// Why leases are not in force.
@@ -160,13 +169,15 @@ pub struct Endpoint {
     tasks: Vec<JoinHandle<()>>,
 }
 
-/// What was dropped unanswered.
+/// What was dropped unanswered, or refused as nobody's.
 #[derive(Debug, Default)]
 struct Dropped {
     /// An endpoint had no place left.
     busy: AtomicU64,
     /// No DNS question.
     malformed: AtomicU64,
+    /// From a socket that was not seen to ask.
+    nobodys: AtomicU64,
 }
 
 /// Counts of what was not answered, since the start.
@@ -176,11 +187,16 @@ pub struct Unanswered {
     pub busy: u64,
     /// What arrived was no DNS question.
     pub malformed: u64,
+    /// The kernel saw no agent send it.
+    pub nobodys: u64,
 }
 
 struct Shared {
     guard: Mutex<Guard>,
     files: Mutex<Vec<Watched>>,
+    /// The host's `resolv.conf`, whoever is asked upstream.
+    own: Mutex<Watched>,
+    tally: Mutex<Tally>,
     sources: Vec<Source>,
     clock: Arc<dyn Fn() -> Clock + Send + Sync>,
     requests: mpsc::Sender<Request>,
@@ -193,6 +209,8 @@ struct Shared {
 struct Places {
     questions: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    /// Of who reads an agent's files.
+    reader: Arc<Semaphore>,
 }
 
 // === impl Server ===
@@ -207,6 +225,8 @@ impl Server {
         let shared = Shared {
             guard: Mutex::new(Guard::new(config.limits)),
             files: Mutex::new(files.collect()),
+            own: Mutex::new(Watched::new(resolv::PATH.as_ref())),
+            tally: Mutex::default(),
             sources: config.sources,
             clock: config.clock,
             requests,
@@ -229,6 +249,7 @@ impl Server {
         let places = Arc::new(Places {
             questions: Arc::new(Semaphore::new(IN_FLIGHT)),
             connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            reader: Arc::new(Semaphore::new(1)),
         });
         let mut tasks = Vec::new();
         for pair in sockets.pairs {
@@ -262,6 +283,7 @@ impl Server {
     /// Forgets an agent that is no more.
     pub fn forget(&self, agent: &str) {
         self.shared.guard().forget(agent);
+        self.shared.tally().forget(agent);
     }
 
     /// The leases of an agent that have not ended.
@@ -276,10 +298,9 @@ impl Server {
         self.shared.guard().sweep(now);
     }
 
-    /// The search domains of the host's own `resolv.conf`, for agents that have no other.
-    pub fn search(&self) -> Vec<String> {
-        let files = self.shared.read_files();
-        files.into_iter().flat_map(|file| file.search).collect()
+    /// What came of lookups since the start.
+    pub fn tally(&self) -> Tally {
+        self.shared.tally().clone()
     }
 
     /// What was not answered.
@@ -287,6 +308,7 @@ impl Server {
         Unanswered {
             busy: self.shared.dropped.busy.load(Ordering::Relaxed),
             malformed: self.shared.dropped.malformed.load(Ordering::Relaxed),
+            nobodys: self.shared.dropped.nobodys.load(Ordering::Relaxed),
         }
     }
 }
@@ -326,9 +348,10 @@ async fn serve_udp(
         };
         let bytes = buffer.get(..length).unwrap_or_default().to_vec();
         let (shared, socket, client) = (Arc::clone(&shared), Arc::clone(&socket), client(from));
+        let places = Arc::clone(&places);
         questions.spawn(async move {
             let _place = place;
-            if let Some(reply) = shared.handle(client, &bytes).await
+            if let Some(reply) = shared.handle(&places, client, &bytes).await
                 && let Err(error) = socket.send_to(&reply, from).await
             {
                 // Whoever asked is gone.
@@ -388,170 +411,9 @@ async fn converse(
         let Ok(_place) = places.questions.acquire().await else {
             return Ok(());
         };
-        let Some(reply) = shared.handle(client, &bytes).await else {
+        let Some(reply) = shared.handle(places, client, &bytes).await else {
             return Ok(());
         };
         upstream::write(&mut stream, &reply).await?;
-    }
-}
-
-// === impl Shared ===
-
-impl Shared {
-    fn guard(&self) -> MutexGuard<'_, Guard> {
-        // Whoever panicked with it has left leases at worst that are not in the kernel.
-        self.guard.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn now(&self) -> Clock {
-        (self.clock)()
-    }
-
-    /// The reply to a message; none when it gets none.
-    async fn handle(&self, client: Client, bytes: &[u8]) -> Option<Vec<u8>> {
-        let asked = match message::read(bytes) {
-            Ok(asked) => asked,
-            Err(unreadable) => {
-                self.dropped.malformed.fetch_add(1, Ordering::Relaxed);
-                return match unreadable {
-                    Unreadable::Silent(_) => None,
-                    Unreadable::Reply { reply, .. } => Some(reply),
-                };
-            }
-        };
-        let limit = match client.transport {
-            Transport::Udp => udp_limit(&asked),
-            Transport::Tcp => u16::MAX,
-        };
-        let Some(identity) = self.identify(client).await else {
-            // The same to everybody who comes here by himself: nothing about any agent.
-            let reply = Reply::to(&asked, ResponseCode::Refused).because(
-                ErrorCode::Prohibited,
-                "nobody's question: the DNS guard did not see it sent",
-            );
-            return Some(reply.bytes(limit));
-        };
-        let action = {
-            let now = self.now();
-            self.guard()
-                .ask(&identity.tables, &identity.search, asked, &now)
-        };
-        let forward = match action {
-            Action::Reply(reply, report) => {
-                self.report(report, client).await;
-                return Some(reply.bytes(limit));
-            }
-            Action::Forward(forward, report) => {
-                self.report(report, client).await;
-                forward
-            }
-        };
-        let outcome = match self.upstream.acquire().await {
-            Ok(_place) => {
-                match upstream::ask(&self.servers(), &forward.name, forward.asked.kind).await {
-                    Ok(message) => Outcome::Answered(Box::new(message)),
-                    Err(why) => Outcome::Failed(why),
-                }
-            }
-            Err(_closed) => Outcome::Failed("the guard is stopping".into()),
-        };
-        let failed = |text: &str| {
-            Reply::to(&forward.asked, ResponseCode::ServFail)
-                .because(ErrorCode::NotReady, text)
-                .bytes(limit)
-        };
-        let mut tables = identity.tables;
-        for _ in 0..RETRIES {
-            let release = {
-                let now = self.now();
-                self.guard().judge(&tables, &forward, outcome.clone(), &now)
-            };
-            if !release.addresses.is_empty() {
-                let leased = self
-                    .lease(&tables, release.leases, release.host, release.addresses)
-                    .await;
-                match leased {
-                    Ok(()) => {}
-                    Err(LeaseError::Changed(others)) => {
-                        tables = others;
-                        continue;
-                    }
-                    Err(LeaseError::Failed(why)) => {
-                        let text = format!("the leases are not in force: {why}");
-                        return Some(failed(&text));
-                    }
-                }
-            }
-            self.report(release.report, client).await;
-            return Some(release.reply.bytes(limit));
-        }
-        Some(failed("the scope changes faster than names resolve"))
-    }
-
-    async fn identify(&self, client: Client) -> Option<Identity> {
-        let (reply, answer) = oneshot::channel();
-        let request = Request::Identify { client, reply };
-        timeout(DAEMON, async {
-            self.requests.send(request).await.ok()?;
-            answer.await.ok()?
-        })
-        .await
-        .ok()
-        .flatten()
-    }
-
-    async fn lease(
-        &self,
-        tables: &Arc<AgentTables>,
-        leases: Vec<AddressLease>,
-        host: String,
-        addresses: Vec<std::net::IpAddr>,
-    ) -> Result<(), LeaseError> {
-        let (reply, answer) = oneshot::channel();
-        let request = Request::Lease {
-            tables: Arc::clone(tables),
-            leases,
-            host,
-            addresses,
-            reply,
-        };
-        let told = timeout(DAEMON, async {
-            self.requests.send(request).await.ok()?;
-            answer.await.ok()
-        });
-        match told.await {
-            Ok(Some(told)) => told,
-            Ok(None) => Err(LeaseError::Failed("the daemon is stopping".into())),
-            Err(_elapsed) => Err(LeaseError::Failed("the daemon did not answer".into())),
-        }
-    }
-
-    async fn report(&self, report: Option<Report>, client: Client) {
-        let Some(report) = report else { return };
-        // Waits when the channel is full: no refusal goes untold, and only this agent waits.
-        if let Err(error) = self.requests.send(Request::Report { report, client }).await {
-            warn!(message = "The daemon takes no reports any more.", %error);
-        }
-    }
-
-    fn servers(&self) -> Vec<SocketAddr> {
-        let mut files = self.read_files().into_iter();
-        let each = self.sources.iter().flat_map(|source| match source {
-            Source::At(server) => vec![*server],
-            Source::File(_) => files.next().map_or_else(Vec::new, |file| file.servers),
-        });
-        each.collect()
-    }
-
-    fn read_files(&self) -> Vec<super::resolv::Resolv> {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        let each = files.iter_mut().map(|file| {
-            let (read, told) = file.read();
-            if let Err(error) = told {
-                warn!(message = "The host's resolv.conf can't be read; what it said last counts.", %error);
-            }
-            read
-        });
-        each.collect()
     }
 }
