@@ -100,7 +100,7 @@ fn alpha_connects(alpha: &mut crate::support::Actor, addr: std::net::SocketAddr)
 }
 
 /// Every sample of an exposition, by name and labels.
-fn scrape(
+pub fn scrape(
     mut stream: impl std::io::Read + std::io::Write,
     path: &str,
 ) -> Result<BTreeMap<String, f64>> {

@@ -7,7 +7,7 @@ mod brief;
 mod flood;
 mod follow;
 mod journal;
-mod metrics;
+pub mod metrics;
 pub mod reader;
 
 /// All cases here.

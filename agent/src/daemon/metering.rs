@@ -139,6 +139,8 @@ impl Core {
             maps: usage.collect(),
             dns: BTreeMap::new(),
             dns_leases: None,
+            probes: self.probing.by_verdict(),
+            last_probes: self.probing.last_of_each(),
             apply: self.meter.apply,
             repair: self.meter.repair,
             trail: self

@@ -21,6 +21,7 @@ use tracing::warn;
 use super::{
     core::Core,
     force::{self, Force},
+    self_asked::SelfAsked,
     settings::{Dns, Settings, Upstream},
     time::Offset,
 };
@@ -74,6 +75,8 @@ struct Door {
 /// The guard and its endpoints. Without the guard no name resolves.
 pub struct Names {
     server: Option<Server>,
+    /// Whether it answers.
+    pub(super) asked: SelfAsked,
     offset: Arc<Mutex<Offset>>,
     doors: BTreeMap<(u32, Netns), Door>,
     /// The agent of each endpoint.
@@ -143,6 +146,7 @@ impl Names {
         });
         let names = Self {
             server,
+            asked: SelfAsked::default(),
             offset,
             doors: BTreeMap::new(),
             whose: HashMap::new(),
@@ -209,6 +213,10 @@ impl Names {
         let marked: Vec<_> = handles.iter().map(|handle| handle.as_fd()).collect();
         let cookie = enforcer.endpoints().open_endpoint(agent, place, &marked)?;
         self.whose.insert(place.id, agent);
+        if process == OWN {
+            let at = [endpoint.v4, endpoint.v6].into_iter().flatten();
+            self.asked.add(place.id, agent, at.collect());
+        }
         let used = Instant::now();
         let door = Door {
             endpoint,
@@ -216,6 +224,7 @@ impl Names {
             used,
         };
         if let Some(old) = self.doors.insert((agent, netns), door) {
+            self.asked.remove(old.endpoint.id.0);
             self.whose.remove(&old.endpoint.id.0);
         }
         Ok(())
@@ -224,6 +233,7 @@ impl Names {
     fn close(&mut self, enforcer: &mut Enforcer, key: (u32, Netns)) {
         if let Some(door) = self.doors.remove(&key) {
             enforcer.endpoints().close_endpoint(key.0, door.cookie);
+            self.asked.remove(door.endpoint.id.0);
             self.whose.remove(&door.endpoint.id.0);
         }
     }
@@ -450,8 +460,18 @@ impl Core {
         }
     }
 
+    /// Closes an agent's endpoint in the daemon's own network namespace.
+    pub(super) fn close_own_endpoint(&mut self, agent: u32) {
+        if let Some(own) = Netns::of(OWN) {
+            self.names.close(&mut self.enforcer, (agent, own));
+        }
+    }
+
     /// Once a second.
     pub(super) fn tend_names(&mut self) {
+        if let Some(server) = self.names.server() {
+            self.names.asked.note_busy(server.unanswered().busy);
+        }
         self.tend_endpoints(None);
         self.end_leased();
         let due = |at: Instant| at.elapsed() >= Duration::from_secs(5);

@@ -26,7 +26,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    endpoint::Sockets,
+    endpoint::{Sockets, is_status},
     guard::{Action, AddressLease, Guard, Limits, Outcome, Report},
     lease::Shown,
     message::{self, ErrorCode, MAX_UDP, Reply, Unreadable, udp_limit},
@@ -412,7 +412,10 @@ impl Shared {
         let asked = match message::read(bytes) {
             Ok(asked) => asked,
             Err(unreadable) => {
-                self.dropped.malformed.fetch_add(1, Ordering::Relaxed);
+                // Whoever asks whether somebody is here is told so, and has done nothing wrong.
+                if !is_status(bytes) {
+                    self.dropped.malformed.fetch_add(1, Ordering::Relaxed);
+                }
                 return match unreadable {
                     Unreadable::Silent(_) => None,
                     Unreadable::Reply { reply, .. } => Some(reply),
