@@ -15,7 +15,7 @@ use super::{probed, reconciled};
 use crate::{
     harness::Case,
     names::zone::{Spec, Zone},
-    support::{Agent, Ctx, Fixture, claim, daemon::Settings, eventually, expect},
+    support::{Agent, Ctx, Fixture, claim, daemon::Settings, eventually, expect, scale},
 };
 
 const NAME: &str = "api.names.example";
@@ -66,7 +66,7 @@ fn deaf(ctx: &mut Ctx) -> Result<()> {
         )
     })?;
     let status = made.elapsed();
-    claim(status < Duration::from_secs(6), || {
+    claim(status < Duration::from_secs(scale::patience(5)), || {
         format!("told only after {} ms", status.as_millis())
     })?;
     let (code, said) = reconciled(fx.place(), false)?;

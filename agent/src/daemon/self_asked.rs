@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    panic::resume_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
@@ -205,16 +206,27 @@ fn go_on(shared: &Weak<Shared>) {
 /// # Errors
 /// When there is no socket to ask by.
 pub fn silent(at: &[SocketAddr], patience: Duration) -> io::Result<Vec<SocketAddr>> {
-    let mut silent = Vec::new();
-    for local in [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-        let theirs: Vec<SocketAddr> = at
-            .iter()
-            .filter(|at| at.is_ipv4() == local.is_ipv4())
-            .copied()
-            .collect();
-        for some in theirs.chunks(AT_ONCE) {
-            silent.extend(silent_of(local, some, patience)?);
+    let families = [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+    // Both at once: else whoever is silent on both would be waited for twice.
+    thread::scope(|scope| {
+        let asking = families.map(|local| scope.spawn(move || silent_on(local, at, patience)));
+        let mut silent = Vec::new();
+        for asking in asking {
+            silent.extend(asking.join().unwrap_or_else(|panic| resume_unwind(panic))?);
         }
+        Ok(silent)
+    })
+}
+
+fn silent_on(local: IpAddr, at: &[SocketAddr], patience: Duration) -> io::Result<Vec<SocketAddr>> {
+    let theirs: Vec<SocketAddr> = at
+        .iter()
+        .filter(|at| at.is_ipv4() == local.is_ipv4())
+        .copied()
+        .collect();
+    let mut silent = Vec::new();
+    for some in theirs.chunks(AT_ONCE) {
+        silent.extend(silent_of(local, some, patience)?);
     }
     Ok(silent)
 }
