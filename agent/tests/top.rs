@@ -28,7 +28,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use remit::control::protocol::{Answer, Posture};
+use remit::control::protocol::{Answer, Lease, Posture};
 use stand_in::Answers;
 
 /// How long a screen may take to come.
@@ -48,6 +48,15 @@ struct Top {
     screen: Arc<Mutex<vt100::Parser>>,
     daemon: Option<tokio::runtime::Runtime>,
     _folder: tempfile::TempDir,
+}
+
+/// A lease that goes on for so long.
+fn lease(now: Option<i64>, millis: i64, name: &str, addr: &str) -> Lease {
+    Lease {
+        name: Some(name.to_owned()),
+        addr: addr.parse().unwrap(),
+        until_ms: now.unwrap() + millis,
+    }
 }
 
 /// Agents in every state, and a log.
@@ -78,6 +87,16 @@ fn world(folder: &Path) -> Answers {
         mode.clone_into(&mut agent.mode);
         agent.denied = denied;
         agent.expires_ms = expires;
+        // By the status's own clock, which stands still here.
+        let now = status.guards.iter().map(|guard| guard.checked_ms).max();
+        agent.leases = match id {
+            "billing-recon" => vec![lease(now, 95_000, "api.stripe.com", "198.51.100.23")],
+            "crawler" => vec![
+                lease(now, 3_600_000, "www.example.org", "2001:db8::17"),
+                lease(now, 12_000, "x\u{1b}[31m.example", "198.51.100.24"),
+            ],
+            _ => Vec::new(),
+        };
         status.agents.push(agent);
     }
     let now = jiff::Timestamp::now().as_millisecond();

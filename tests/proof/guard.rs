@@ -1,6 +1,6 @@
 //! `remit guard` and `remit status --require`: what unit files and scripts go by.
 
-use std::{path::Path, process::Command};
+use std::{ffi::CString, io, os::unix::ffi::OsStrExt as _, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
@@ -42,6 +42,25 @@ fn inside(fx: &Fixture, cgroup: &Cgroup, args: &[&str]) -> Result<Output> {
     remit::output(&mut command)
 }
 
+/// Writes a start of a unit on its cgroup, as systemd does.
+fn mark(cgroup: &Path, invocation: &str) -> Result<()> {
+    let path = CString::new(cgroup.as_os_str().as_bytes())?;
+    // SAFETY: two C strings and a buffer of that length, all alive.
+    let done = unsafe {
+        libc::setxattr(
+            path.as_ptr(),
+            c"trusted.invocation_id".as_ptr(),
+            invocation.as_ptr().cast(),
+            invocation.len(),
+            0,
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error()).context("cannot mark the cgroup");
+    }
+    Ok(())
+}
+
 fn guard(ctx: &mut Ctx) -> Result<()> {
     let settings = Settings {
         more: "[reconcile]\nevery = \"1h\"\n".to_owned(),
@@ -72,6 +91,23 @@ fn guard(ctx: &mut Ctx) -> Result<()> {
     expect("of somebody else, from inside", said.code, 3)?;
     let said = fx.place().remit(&["guard", "--unit", "no-such.service"])?;
     expect("no such unit", said.code, 1)?;
+
+    // Two of that name: the one that systemd has started so is meant.
+    let elsewhere = Cgroup::create(&format!("/{}.outside", ctx.unique()))?;
+    let other = elsewhere.child("alpha.service")?;
+    let by_name = |invocation: Option<&str>| -> Result<Output> {
+        // As systemd's commands have it, `.service` need not be written.
+        let mut command = fx.place().command(&["guard", "--unit", "alpha"])?;
+        command.env_remove("INVOCATION_ID");
+        command.envs(invocation.map(|id| ("INVOCATION_ID", id)));
+        remit::output(&mut command)
+    };
+    expect("two of that name", by_name(None)?.code, 3)?;
+    const START: &str = "0123456789abcdef0123456789abcdef";
+    mark(fx.cgroup("alpha")?.path(), START)?;
+    let said = by_name(Some(START))?;
+    expect("by its invocation", said.code, 0).with_context(|| said.stderr)?;
+    drop((other, elsewhere));
 
     expect(
         "all is well",

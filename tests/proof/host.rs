@@ -50,6 +50,11 @@ fn doctor(ctx: &mut Ctx) -> Result<()> {
         expect(hook, of("features", hook)?.as_str(), "ok")?;
     }
     expect("way", of("ways_out", "agents as root")?.as_str(), "open")?;
+    // Whatever this host has: it was asked.
+    let above = of("ways_out", "programs above the roots")?;
+    claim(above == "ok" || above == "watch", || {
+        format!("programs above the roots: {above}")
+    })?;
     expect("exit code", code, 1)?;
     // Nothing is left of the trial.
     let left = fs::read_dir(fx.place().at("bpf").join("run"))

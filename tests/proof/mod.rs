@@ -2,6 +2,7 @@
 //! against faults that somebody with root brings about, and against a host that merely does not
 //! work.
 
+mod dns;
 mod faults;
 mod guard;
 mod host;
@@ -23,6 +24,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = probe::cases();
     cases.extend(questions::cases());
     for more in [
+        dns::cases(),
         faults::cases(),
         guard::cases(),
         host::cases(),

@@ -1,13 +1,14 @@
 //! `remit probe`: PASS with all of the evidence, FAIL with the reason, UNKNOWN for whatever is not
 //! clear.
 
-use std::fs;
+use std::{fs, os::unix::net::UnixStream};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::{probe_of, probed, reconciled};
 use crate::{
+    evidence::metrics::scrape,
     harness::{Case, Outcome},
     support::{
         Agent, Ctx, Fixture,
@@ -103,7 +104,32 @@ fn passes(ctx: &mut Ctx) -> Result<()> {
         status.agent("alpha")?["last_probe"]["verdict"].as_str(),
         Some("pass"),
     )?;
+    let socket = UnixStream::connect(fx.place().at("run/remit.sock"))?;
+    let metrics = scrape(socket, "/v1/metrics")?;
+    for (name, wanted) in [
+        (r#"remit_probes_total{verdict="pass"}"#, 1.0),
+        (r#"remit_probe_verdict{agent="alpha",verdict="pass"}"#, 1.0),
+        (r#"remit_probe_verdict{agent="alpha",verdict="fail"}"#, 0.0),
+    ] {
+        expect(name, metrics.get(name).copied(), Some(wanted))?;
+    }
+    let began = said["began_ms"].as_i64().context("no time")? as f64 / 1000.0;
+    let at = r#"remit_probe_timestamp_seconds{agent="alpha"}"#;
+    let at = metrics.get(at).copied().unwrap_or_default();
+    claim((at - began).abs() < 0.01, || format!("{at} is not {began}"))?;
     fx.reconcile("alpha")?;
+
+    // `remit tail` leaves out what a probe made, unless it is asked for.
+    let of_probe = |args: &[&str]| -> Result<usize> {
+        let said = fx.place().remit(args)?;
+        Ok(said.stdout.lines().count())
+    };
+    expect("lines in tail", of_probe(&["tail", "--all"])?, lines_before)?;
+    expect(
+        "lines in tail --probes",
+        of_probe(&["tail", "--all", "--probes"])?,
+        lines_before + marked.len(),
+    )?;
 
     // Nothing of it stays: no cgroup, no grant, no drift.
     let below = fs::read_dir(fx.cgroup("alpha")?.path())?

@@ -10,6 +10,7 @@ mod initramfs;
 mod kernels;
 mod layers;
 mod lint;
+mod python;
 mod report;
 mod talk;
 mod test;

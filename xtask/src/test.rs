@@ -14,7 +14,7 @@ use clap::Args;
 use nix::unistd::geteuid;
 
 use crate::{
-    build,
+    build, python,
     report::{self, Findings, Outcome, Place, State, Sum, Verdict},
     talk, vm,
     watch::{self, Limits, Show},
@@ -153,6 +153,9 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
         "--exclude",
         "remit-tests",
         "--no-fail-fast",
+        // What is left out of the usual build is tested as well.
+        "--features",
+        "remit/otlp",
     ];
     arguments.push("--");
     if geteuid().is_root() {
@@ -165,11 +168,12 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
     if !schemas.is_dir() {
         arguments.extend(["--skip", NEEDS_SCHEMAS]);
     }
-    let packaged = has_packaged_schemas();
-    if !packaged {
+    let python = python::with_schemas(workspace);
+    if python.is_err() {
         arguments.extend(["--skip", NEEDS_PACKAGE]);
     }
     let mut cargo = Command::from(workspace.cargo(&arguments));
+    cargo.envs(python.iter().map(|python| ("REMIT_PYTHON", python)));
     if skip_object {
         cargo.env("AYA_BUILD_SKIP", "1");
     }
@@ -200,9 +204,8 @@ fn unit_tests(workspace: &Workspace, skip_object: bool) -> Result<Place> {
         let why = format!("no OCSF schemas at {}", schemas.display());
         not_tested(NEEDS_SCHEMAS, why);
     }
-    if !packaged {
-        let why = "no Python package ocsf-json-schema (REMIT_PYTHON names another Python)";
-        not_tested(NEEDS_PACKAGE, why.to_owned());
+    if let Err(why) = python {
+        not_tested(NEEDS_PACKAGE, format!("no packaged schemas: {why}"));
     }
     if !status.success() && findings.sum.failed == 0 {
         findings.problems.push(format!(
@@ -232,7 +235,8 @@ fn schemas(workspace: &Workspace) -> PathBuf {
 
 /// Holds what the kernel tests of this host have written against the schemas.
 fn real_runs(workspace: &Workspace, samples: &Path, findings: &mut Findings) -> Result<()> {
-    let here = [schemas(workspace).is_dir(), has_packaged_schemas()];
+    let python = python::with_schemas(workspace);
+    let here = [schemas(workspace).is_dir(), python.is_ok()];
     for (test, is_here) in OF_REAL_RUNS.into_iter().zip(here) {
         let (outcome, why) = if is_here {
             let arguments = [
@@ -240,6 +244,8 @@ fn real_runs(workspace: &Workspace, samples: &Path, findings: &mut Findings) -> 
                 "--locked",
                 "--package",
                 "remit",
+                "--features",
+                "otlp",
                 "--test",
                 "real_run",
                 "--",
@@ -249,6 +255,7 @@ fn real_runs(workspace: &Workspace, samples: &Path, findings: &mut Findings) -> 
             let mut cargo = Command::from(workspace.cargo(&arguments));
             let passed = cargo
                 .env("REMIT_SAMPLES", samples)
+                .envs(python.iter().map(|python| ("REMIT_PYTHON", python)))
                 .status()
                 .context("cannot start cargo test")?
                 .success();
@@ -272,16 +279,6 @@ fn real_runs(workspace: &Workspace, samples: &Path, findings: &mut Findings) -> 
         });
     }
     Ok(())
-}
-
-/// Whether the Python that the tests ask has PyPI's `ocsf-json-schema`.
-fn has_packaged_schemas() -> bool {
-    let python = env::var_os("REMIT_PYTHON").unwrap_or_else(|| "python3".into());
-    Command::new(python)
-        .args(["-c", "import ocsf_json_schema"])
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
 }
 
 /// Reads what the standard test harness prints: sums from its closing lines, names and reasons

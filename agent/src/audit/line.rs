@@ -10,6 +10,8 @@ use super::{
     text::{PATH_BYTES, clean},
 };
 
+/// Behind a line that a probe has provoked.
+const PROBE: &str = " (a probe's)";
 const RED: &str = "\x1b[31m";
 const GREEN: &str = "\x1b[32m";
 const YELLOW: &str = "\x1b[33m";
@@ -32,6 +34,9 @@ pub fn human(event: &Value, colour: bool) -> String {
             paint(BOLD, &text(&event["metadata"]["event_code"])),
             text(&event["message"])
         );
+        if event["class_uid"] == 4003 && is_of_probe(event) {
+            line.push_str(PROBE);
+        }
         return line;
     }
     let unmapped = &event["unmapped"];
@@ -87,7 +92,15 @@ pub fn human(event: &Value, colour: bool) -> String {
     if event["count"].is_number() {
         let _ = write!(line, " ×{}", number(&event["count"]));
     }
+    if is_of_probe(event) {
+        line.push_str(PROBE);
+    }
     line
+}
+
+/// Whether a probe made it, so that it is no violation of the agent's own.
+pub fn is_of_probe(event: &Value) -> bool {
+    !event["unmapped"]["probe"].is_null()
 }
 
 /// What was let through, and where to.
@@ -224,6 +237,15 @@ mod tests {
             "1970-01-01T00:00:00.000Z MONITORED billing-recon out_of_scope (default-deny) \
              37 attempts without details: kernel 30 rate 7"
         );
+    }
+
+    #[test]
+    fn a_line_of_a_probe_says_so() {
+        let mut event = violation().to_ocsf(&host(), 1);
+        assert!(!is_of_probe(&event));
+        event["unmapped"]["probe"] = json!("2a");
+        assert!(is_of_probe(&event));
+        assert!(human(&event, false).ends_with(" connect4 ×37 (a probe's)"));
     }
 
     #[test]

@@ -52,6 +52,10 @@ pub struct Snapshot {
     pub apply: Option<Times>,
     /// How long putting right what differed took.
     pub repair: Option<Times>,
+    /// Probes by what they came to, since the daemon's start.
+    pub probes: BTreeMap<String, u64>,
+    /// What the last probe of each agent came to.
+    pub last_probes: Vec<Probe>,
     /// The audit trail: its last record, and the last one that is signed.
     pub trail: Option<(u64, u64)>,
     /// Problems that `remit status` lists.
@@ -94,6 +98,20 @@ pub struct Spread {
     /// All of it, in seconds.
     pub sum: f64,
 }
+
+/// The last probe of an agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Whose.
+    pub agent: String,
+    /// What it came to, one of [`VERDICTS`].
+    pub verdict: &'static str,
+    /// When it began, in milliseconds since the Unix epoch.
+    pub time: i64,
+}
+
+/// What a probe may come to.
+pub const VERDICTS: [&str; 3] = ["pass", "fail", "unknown"];
 
 /// How full a kernel map is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -223,6 +241,29 @@ impl Collector for Snapshot {
             self.leases
                 .iter()
                 .map(|(agent, count)| ([("agent", agent.as_str())], *count)),
+        )?;
+        to.counters(
+            "remit_probes",
+            "Probes by what they came to",
+            by("verdict", &self.probes),
+        )?;
+        to.gauges(
+            "remit_probe_verdict",
+            "1 for what the last probe of an agent came to",
+            self.last_probes.iter().flat_map(|probe| {
+                VERDICTS.map(|verdict| {
+                    let labels = [("agent", probe.agent.as_str()), ("verdict", verdict)];
+                    (labels, u64::from(verdict == probe.verdict))
+                })
+            }),
+        )?;
+        to.gauges(
+            "remit_probe_timestamp_seconds",
+            "When the last probe of an agent began",
+            self.last_probes.iter().map(|probe| {
+                let labels = [("agent", probe.agent.as_str())];
+                (labels, probe.time as f64 / 1000.0)
+            }),
         )?;
         let times = [
             ("remit_apply", "Putting a registry in force", self.apply),
@@ -405,6 +446,12 @@ mod tests {
                 },
             )],
             leases: vec![("billing-recon".to_owned(), 5)],
+            probes: counts(&[("pass", 3)]),
+            last_probes: vec![Probe {
+                agent: "billing-recon".to_owned(),
+                verdict: "pass",
+                time: 1_793_836_800_250,
+            }],
             apply: Some(Times {
                 count: 2,
                 sum: 0.5,
@@ -465,6 +512,17 @@ remit_dns_lookup_seconds_bucket{le="+Inf",part="guard"} 3
 # HELP remit_dns_leases Leases in force
 # TYPE remit_dns_leases gauge
 remit_dns_leases{agent="billing-recon"} 5
+# HELP remit_probes Probes by what they came to
+# TYPE remit_probes counter
+remit_probes_total{verdict="pass"} 3
+# HELP remit_probe_verdict 1 for what the last probe of an agent came to
+# TYPE remit_probe_verdict gauge
+remit_probe_verdict{agent="billing-recon",verdict="pass"} 1
+remit_probe_verdict{agent="billing-recon",verdict="fail"} 0
+remit_probe_verdict{agent="billing-recon",verdict="unknown"} 0
+# HELP remit_probe_timestamp_seconds When the last probe of an agent began
+# TYPE remit_probe_timestamp_seconds gauge
+remit_probe_timestamp_seconds{agent="billing-recon"} 1793836800.25
 # HELP remit_apply_seconds Putting a registry in force, in all
 # TYPE remit_apply_seconds counter
 remit_apply_seconds_total 0.5

@@ -136,6 +136,16 @@ fn ask(
 
 /// The cgroup of a unit: this process's own, or the only one of that name.
 fn of_unit(hierarchy: &Hierarchy, inside: &CgroupPath, unit: &str) -> Result<CgroupPath> {
+    // As systemd's own commands have it.
+    let unit = if [".service", ".scope", ".slice"]
+        .iter()
+        .any(|end| unit.ends_with(end))
+    {
+        unit.to_owned()
+    } else {
+        format!("{unit}.service")
+    };
+    let unit = unit.as_str();
     let named = |path: &CgroupPath| path.names().last().is_some_and(|name| name == unit);
     let mut up = Some(inside.clone());
     while let Some(path) = up {
@@ -148,6 +158,16 @@ fn of_unit(hierarchy: &Hierarchy, inside: &CgroupPath, unit: &str) -> Result<Cgr
         .subtree(&CgroupPath::root())
         .map_err(anyhow::Error::from)?;
     let mut found: Vec<CgroupPath> = all.into_iter().filter(named).collect();
+    // A user's manager may have a unit of that name too. systemd tells what it starts which start
+    // it is (systemd.exec(5)), and writes that on the unit's cgroup.
+    if found.len() > 1
+        && let Ok(invocation) = std::env::var("INVOCATION_ID")
+    {
+        let is_it = |path: &CgroupPath| hierarchy.invocation(path).as_ref() == Some(&invocation);
+        if found.iter().any(is_it) {
+            found.retain(is_it);
+        }
+    }
     match (found.pop(), found.is_empty()) {
         (Some(path), true) => Ok(path),
         (Some(_), false) => Err(Failure::unknown(format!(

@@ -9,6 +9,7 @@ mod destination;
 mod discover;
 mod doctor;
 mod explain;
+mod explain_ask;
 mod explain_last;
 mod explain_name;
 mod explain_way;

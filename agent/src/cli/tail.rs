@@ -14,6 +14,7 @@ use crate::audit::{
     LogName,
     encode::Format,
     human,
+    line::is_of_probe,
     query::{Query, QueryError},
     tail::{self, Filter, Line, Repeats, Tail, Wake},
 };
@@ -52,6 +53,9 @@ pub(super) struct Arguments {
     /// become one line with their count; lines for programs are never folded.
     #[arg(long)]
     all: bool,
+    /// Those of probes too, which are no violations of an agent's own: `remit probe` made them.
+    #[arg(long)]
+    probes: bool,
     /// Whether lines for people are coloured.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     color: When,
@@ -95,7 +99,10 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
     loop {
         let lines = tail.read().context("cannot read the violations")?;
         let end = lines.is_empty();
-        for line in lines.into_iter().filter(|line| query.wants(&line.event)) {
+        let wanted = |line: &Line| {
+            query.wants(&line.event) && (arguments.probes || !is_of_probe(&line.event))
+        };
+        for line in lines.into_iter().filter(wanted) {
             match &mut last {
                 Some((most, kept)) => {
                     kept.push_back(line);

@@ -171,30 +171,29 @@ impl Core {
             .collect();
         self.drain_access();
         let accesses = self.enforcer.accesses();
-        let mut taken = accesses.carried(TURN);
+        let mut looks = vec![accesses.carried(TURN)];
         if all {
-            taken = taken.and_then(|mut taken| {
-                taken.extend(accesses.lying()?);
-                Ok(taken)
-            });
+            looks.push(accesses.lying());
         }
-        match taken {
-            Ok(taken) => {
-                self.problems.remove("access");
-                for (key, access) in taken {
-                    let id = ids.get(&key.agent).map_or("unknown", String::as_str);
-                    let id = if id == policy::UNREGISTERED_ID {
-                        "unregistered"
-                    } else {
-                        id
-                    };
-                    self.access
-                        .put(id, (IpAddr::from(key.addr), key.flow), access);
+        self.problems.remove("access");
+        for look in looks {
+            match look {
+                Ok(taken) => {
+                    for (key, access) in taken {
+                        let id = ids.get(&key.agent).map_or("unknown", String::as_str);
+                        let id = if id == policy::UNREGISTERED_ID {
+                            "unregistered"
+                        } else {
+                            id
+                        };
+                        self.access
+                            .put(id, (IpAddr::from(key.addr), key.flow), access);
+                    }
                 }
-            }
-            Err(error) => {
-                let problem = format!("what agents reached cannot be read: {error}");
-                self.problems.insert("access", problem);
+                Err(error) => {
+                    let problem = format!("what agents reached cannot be read: {error}");
+                    self.problems.insert("access", problem);
+                }
             }
         }
     }
@@ -288,6 +287,11 @@ impl Core {
             },
         };
         let entry = dst.and_then(|dst| self.granted_by(agent, dst, protocol));
+        let index = self.enforcer.index_of(agent);
+        let name = index
+            .zip(dst)
+            .and_then(|(index, dst)| self.recorder.name_of(index, dst.ip));
+        let dst_name = name.map(str::to_owned);
         let reached = Reached {
             since,
             until,
@@ -295,7 +299,7 @@ impl Core {
             protocol,
             dst,
             destinations,
-            dst_name: None,
+            dst_name,
             entry,
             bytes: access.bytes,
             packets: access.packets,

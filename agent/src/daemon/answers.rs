@@ -2,30 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use agent_ebpf::abi::{self, Addr, Loopback, NEVER, NO_ENTRY, Reason, State};
+use agent_ebpf::abi::{self, Loopback, Reason};
 
-use super::{
-    core::{Core, boot_now},
-    force::InForce,
-    settings::Containment,
-    time::wall_millis,
-};
+use super::{core::Core, force::InForce, settings::Containment, time::wall_millis};
 use crate::{
     audit::Actor,
     cgroup::CgroupPath,
     control::{
         Call, Caller, Request,
         protocol::{
-            Agent, AgentStatus, Agents, Answer, Cgroup, Code, Entry, Explain, Guard, GuardState,
-            HoldInfo, Myself, Question, Refusal, Registry, Reload, RunGrant, RunRequest, Source,
-            Status,
+            Agent, AgentStatus, Agents, Cgroup, Code, Entry, Guard, GuardState, HoldInfo, Refusal,
+            Registry, Reload, Status,
         },
     },
     policy::{self, AgentTables},
 };
 
 /// What the pseudo-agent is called outside the kernel's tables.
-const UNREGISTERED: &str = "unregistered";
+pub(super) const UNREGISTERED: &str = "unregistered";
 
 impl Core {
     /// Answers a call; returns whether the registry was reloaded.
@@ -256,213 +250,6 @@ impl Core {
             .map(entry)
             .ok_or_else(|| Refusal::no_such_agent(id))
     }
-
-    fn explain(&mut self, question: Question) -> Result<Explain, Refusal> {
-        let id = question.agent.clone();
-        let agent = self
-            .force
-            .agents
-            .get(&id)
-            .ok_or_else(|| Refusal::no_such_agent(&id))?;
-        let (tables, revision) = (agent.tables.clone(), self.force.revision);
-        let index = self
-            .enforcer
-            .index_of(&id)
-            .ok_or_else(|| Refusal::new(Code::Internal, format!("`{id}` has no index")))?;
-        let asked = policy::Question::to(question.addr, question.port, question.protocol);
-        let said = self
-            .enforcer
-            .judge(abi::Question {
-                now: boot_now(),
-                addr: Addr::from(question.addr),
-                agent: index,
-                port: question.port,
-                protocol: question.protocol,
-                hook: asked.hook as u8,
-                tcp_flags: if asked.opening { 2 } else { 0 },
-                peer: 2,
-                ..abi::Question::zeroed()
-            })
-            .map_err(|error| Refusal::new(Code::Internal, error.to_string()))?;
-        let question_addr = question.addr;
-        let verdict = match said.verdict {
-            1 => Answer::Allowed,
-            2 => Answer::Monitored,
-            3 => Answer::Denied,
-            _ => Answer::Fault,
-        };
-        let decided = (said.entry != NO_ENTRY)
-            .then(|| {
-                usize::try_from(said.entry)
-                    .ok()
-                    .and_then(|at| tables.entries.get(at))
-            })
-            .flatten();
-        Ok(Explain {
-            question,
-            verdict,
-            reason: Reason::from_byte(said.reason).map(|reason| reason.name().to_owned()),
-            entry: decided.map(written),
-            until_ms: (verdict == Answer::Allowed && said.deadline != NEVER && said.deadline != 0)
-                .then(|| self.offset.wall(said.deadline)),
-            source: Source::Kernel,
-            hash: tables.hash.clone(),
-            revision,
-            lease: self.lease_at(index, question_addr, said.entry),
-            cgroups: self
-                .claims
-                .iter()
-                .filter(|(_, (_, agent))| *agent == index)
-                .map(|(path, _)| path.to_string())
-                .collect(),
-            note: (said.cause != 0).then(|| {
-                abi::Cause::from_byte(said.cause).map_or_else(
-                    || "unknown cause".to_owned(),
-                    |cause| cause.name().to_owned(),
-                )
-            }),
-        })
-    }
-
-    /// Makes and claims a cgroup for `remit run --agent`. When this returns, what is started there
-    /// is the agent.
-    fn run(&mut self, request: &RunRequest) -> Result<RunGrant, Refusal> {
-        let agent = self
-            .force
-            .agents
-            .get(&request.agent)
-            .ok_or_else(|| Refusal::no_such_agent(&request.agent))?;
-        let failed = |what: &str, error: &dyn std::fmt::Display| {
-            Refusal::new(Code::Internal, format!("cannot {what}: {error}"))
-        };
-        let serial = boot_now();
-        let path = self.place_for(&agent.tables, serial).ok_or_else(|| {
-            Refusal::new(
-                Code::Conflict,
-                format!(
-                    "no selector of `{}` names a cgroup below a governed root",
-                    request.agent
-                ),
-            )
-            .help("give it `selector.cgroup` a path below one of `enforcement.roots`")
-        })?;
-        self.hierarchy
-            .create(&path)
-            .map_err(|error| failed("create the cgroup", &error))?;
-        self.survey();
-        let id = self
-            .hierarchy
-            .id(&path)
-            .map_err(|error| failed("read the cgroup", &error))?;
-        let index = self.enforcer.index_of(&request.agent);
-        let claimed = self
-            .claims
-            .iter()
-            .any(|(claimed, (_, agent))| Some(*agent) == index && path.is_within(claimed));
-        if !claimed {
-            return Err(Refusal::new(
-                Code::Conflict,
-                format!("cgroup `{path}` is not attributed to `{}`", request.agent),
-            )
-            .help("`remit status` says what stands in the way"));
-        }
-        Ok(RunGrant {
-            cgroup: self.hierarchy.directory(&path),
-            id,
-        })
-    }
-
-    /// A new cgroup that one of the agent's selectors claims: a child of a plain path, or a glob
-    /// with its stars filled in.
-    fn place_for(&self, tables: &AgentTables, serial: u64) -> Option<CgroupPath> {
-        tables.selectors.iter().find_map(|selector| {
-            let plain = !selector.contains(['*', '?', '[', '{']);
-            let path = if plain {
-                format!("{selector}/run-{serial}.scope")
-            } else if selector.contains(['?', '[', '{']) {
-                return None;
-            } else {
-                selector
-                    .replace("**", "*")
-                    .replace('*', &format!("run-{serial}"))
-            };
-            let path = CgroupPath::new(path).ok()?;
-            self.roots
-                .iter()
-                .any(|root| path.is_within(root) && path != *root)
-                .then_some(path)
-        })
-    }
-
-    fn myself(&mut self, caller: &Caller) -> Myself {
-        let cgroup = caller.cgroup.clone();
-        let guard = cgroup
-            .as_deref()
-            .and_then(|cgroup| self.guarded(cgroup).ok());
-        let place = cgroup
-            .as_deref()
-            .and_then(|cgroup| CgroupPath::new(cgroup).ok());
-        let index = place.and_then(|place| {
-            self.claims
-                .iter()
-                .find(|(claimed, _)| place.is_within(claimed))
-                .map(|(_, (_, agent))| *agent)
-        });
-        let found = index.and_then(|index| {
-            self.force
-                .agents
-                .iter()
-                .find(|(id, _)| self.enforcer.index_of(id) == Some(index))
-                .map(|(id, agent)| (id.clone(), agent.clone()))
-        });
-        let revision = self.force.revision;
-        let Some((id, agent)) = found else {
-            return Myself {
-                agent: None,
-                name: None,
-                owner: None,
-                approval_ref: None,
-                state: UNREGISTERED.to_owned(),
-                hold: None,
-                mode: self.force.unregistered.mode.name().to_owned(),
-                expires_ms: None,
-                cgroup,
-                guard,
-                revision,
-                hash: None,
-                scope: Vec::new(),
-                denials: self.recorder.denials(UNREGISTERED),
-                advice: "No registered agent claims this cgroup, so nothing can be reached. Do \
-                         not retry; ask whoever runs this host to register the agent."
-                    .to_owned(),
-            };
-        };
-        let hold = held(&agent);
-        let tables = agent.tables;
-        let approval = tables
-            .approval_ref
-            .as_ref()
-            .map_or_else(String::new, |reference| {
-                format!(" (approval reference {reference})")
-            });
-        Myself {
-            advice: advice(tables.state, hold.as_ref(), &tables.owner, &approval),
-            agent: Some(id.clone()),
-            name: Some(tables.name.clone()),
-            owner: Some(tables.owner.clone()),
-            approval_ref: tables.approval_ref.clone(),
-            state: tables.state.name().to_owned(),
-            hold,
-            mode: tables.mode.name().to_owned(),
-            expires_ms: tables.expires,
-            cgroup,
-            guard,
-            revision,
-            hash: Some(tables.hash.clone()),
-            scope: tables.entries.iter().map(written).collect(),
-            denials: self.recorder.denials(&id),
-        }
-    }
 }
 
 /// A guard that is no link.
@@ -486,33 +273,8 @@ pub(super) fn host_guard(
     }
 }
 
-/// What a process inside the fence is to do, by its agent's state.
-fn advice(state: State, hold: Option<&HoldInfo>, owner: &str, approval: &str) -> String {
-    if let Some(hold) = hold {
-        return format!(
-            "This agent was {} by {}, so nothing can be reached: {}. Do not retry, do not look for \
-             another way; ask {owner}{approval}.",
-            hold.state,
-            hold.by,
-            hold.reason.trim_end_matches('.')
-        );
-    }
-    match state {
-        State::Active => format!(
-            "Only the destinations under `scope` can be reached. A refusal is permanent until the \
-             scope changes: do not retry, do not look for another way; ask {owner}{approval} and \
-             name the destination, the port and the purpose."
-        ),
-        State::Draft | State::Suspended | State::Revoked | State::Unregistered => format!(
-            "This agent's registration is {}, so nothing can be reached. Do not retry, do not look \
-             for another way; ask {owner}{approval}.",
-            state.name()
-        ),
-    }
-}
-
 /// Who suspended or revoked an agent, besides its file.
-fn held(agent: &InForce) -> Option<HoldInfo> {
+pub(super) fn held(agent: &InForce) -> Option<HoldInfo> {
     let hold = agent.hold.as_ref()?;
     let by = hold.by.uid.map_or(Actor::Daemon, |uid| Actor::Caller {
         uid,
@@ -553,39 +315,12 @@ fn entry(agent: &InForce) -> Agent {
     }
 }
 
-fn written(entry: &policy::Entry) -> Entry {
+pub(super) fn written(entry: &policy::Entry) -> Entry {
     Entry {
         name: entry.name.clone(),
         text: entry.text.clone(),
         file: entry.file.clone(),
         line: entry.line,
         reason: entry.reason.clone(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn advice_says_who_holds_the_agent_and_whom_to_ask() {
-        let hold = HoldInfo {
-            state: "suspended".to_owned(),
-            reason: "leaked key.".to_owned(),
-            by: "uid 0 (pid 7)".to_owned(),
-            since_ms: 0,
-            frozen: false,
-        };
-        let said = |state, hold| advice(state, hold, "alice@example.com", " (CHG-1)");
-        assert_eq!(
-            said(State::Suspended, Some(&hold)),
-            "This agent was suspended by uid 0 (pid 7), so nothing can be reached: leaked key. Do \
-             not retry, do not look for another way; ask alice@example.com (CHG-1)."
-        );
-        let draft = said(State::Draft, None);
-        assert!(
-            draft.starts_with("This agent's registration is draft, so nothing can be reached.")
-        );
-        assert!(said(State::Active, None).contains("ask alice@example.com (CHG-1) and name"));
     }
 }

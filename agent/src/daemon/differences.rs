@@ -54,6 +54,8 @@ pub(super) enum Cure {
     Survey,
     /// The ring's reader is put where it belongs.
     Ring,
+    /// This agent's endpoint of the DNS guard is opened anew.
+    Endpoint(u32),
     /// The process goes back to this cgroup, if somebody asked for the repair.
     Return(u32, CgroupPath),
 }
@@ -71,6 +73,7 @@ impl Core {
     pub(super) fn differences(&mut self, fresh: bool) -> Vec<(Found, Cure)> {
         let mut all = Vec::new();
         self.ring_difference(&mut all);
+        self.guard_differences(&mut all);
         self.claim_differences(&mut all);
         self.outside(&mut all);
         if fresh {
@@ -362,6 +365,7 @@ impl Core {
                     Err(error) => Err(error.to_string()),
                 }))
             }
+            Cure::Endpoint(agent) => Some(self.reopen_endpoint(*agent)),
             Cure::Return(pid, path) => asked_for.then(|| {
                 let procs = self.hierarchy.directory(path).join("cgroup.procs");
                 fs::write(&procs, pid.to_string()).map_err(|error| error.to_string())?;

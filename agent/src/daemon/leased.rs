@@ -7,7 +7,7 @@ use agent_ebpf::abi::{Addr, RULE_LEASED, Rule};
 use super::core::Core;
 use crate::control::protocol::{GuardState, Lease};
 
-/// Leases of an agent that `status` shows.
+/// Leases of an agent that `status` shows: those that end first.
 const SHOWN: usize = 256;
 
 /// When the last lease among these rules ends, in boot time.
@@ -42,9 +42,20 @@ impl Core {
             let why = format!("agent `{agent}` has no endpoint: none of its names resolves");
             return (GuardState::Degraded, why);
         }
+        if let Some(silent) = self.names.asked.silent().first() {
+            let id = self.enforcer.id_of(silent.agent).unwrap_or("?");
+            return (
+                GuardState::Absent,
+                format!("of agent `{id}`: {}", silent.said()),
+            );
+        }
+        let asked = match self.names.asked.oldest() {
+            Some(age) => format!("each answered within the last {} ms", age.as_millis()),
+            None => "not all were asked yet".to_owned(),
+        };
         let said = format!(
-            "{} endpoints for {agents} agents; {busy} questions over their number of open ones were \
-             dropped",
+            "{} endpoints for {agents} agents; {asked}; {busy} questions over their number of open \
+             ones were dropped",
             self.names.endpoints()
         );
         (GuardState::Live, said)
@@ -101,9 +112,10 @@ impl Core {
             addr,
             until_ms: self.offset.wall(ends),
         }));
-        leases.sort_by(|left, right| (&left.name, left.addr).cmp(&(&right.name, right.addr)));
         let count = leases.len() as u64;
+        leases.sort_by_key(|lease| lease.until_ms);
         leases.truncate(SHOWN);
+        leases.sort_by(|left, right| (&left.name, left.addr).cmp(&(&right.name, right.addr)));
         (leases, count)
     }
 

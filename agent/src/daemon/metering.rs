@@ -156,6 +156,8 @@ impl Core {
             lookups_dropped: owned(dropped),
             lookup_times,
             leases: self.live_leases(),
+            probes: self.probing.by_verdict(),
+            last_probes: self.probing.last_of_each(),
             apply: self.meter.apply,
             repair: self.meter.repair,
             trail: self

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use super::{
     lookups::Refused,
     recorder::Recorder,
+    self_asked::SelfAsked,
     settings::{Dns, Settings, Upstream},
     time::Offset,
 };
@@ -79,6 +80,8 @@ struct Door {
 /// The guard and its endpoints. Without the guard no name resolves.
 pub struct Names {
     server: Option<Server>,
+    /// Whether it answers.
+    pub(super) asked: SelfAsked,
     offset: Arc<Mutex<Offset>>,
     doors: BTreeMap<(u32, Netns), Door>,
     /// The agent of each endpoint.
@@ -148,6 +151,7 @@ impl Names {
         });
         let names = Self {
             server,
+            asked: SelfAsked::default(),
             offset,
             doors: BTreeMap::new(),
             whose: HashMap::new(),
@@ -214,6 +218,10 @@ impl Names {
         let marked: Vec<_> = handles.iter().map(|handle| handle.as_fd()).collect();
         let cookie = enforcer.endpoints().open_endpoint(agent, place, &marked)?;
         self.whose.insert(place.id, agent);
+        if process == OWN {
+            let at = [endpoint.v4, endpoint.v6].into_iter().flatten();
+            self.asked.add(place.id, agent, at.collect());
+        }
         let used = Instant::now();
         let door = Door {
             endpoint,
@@ -221,14 +229,23 @@ impl Names {
             used,
         };
         if let Some(old) = self.doors.insert((agent, netns), door) {
+            self.asked.remove(old.endpoint.id.0);
             self.whose.remove(&old.endpoint.id.0);
         }
         Ok(())
     }
 
+    /// Closes an agent's endpoint in the guard's own network namespace.
+    pub fn close_own(&mut self, enforcer: &mut Enforcer, agent: u32) {
+        if let Some(own) = Netns::of(OWN) {
+            self.close(enforcer, (agent, own));
+        }
+    }
+
     fn close(&mut self, enforcer: &mut Enforcer, key: (u32, Netns)) {
         if let Some(door) = self.doors.remove(&key) {
             enforcer.endpoints().close_endpoint(key.0, door.cookie);
+            self.asked.remove(door.endpoint.id.0);
             self.whose.remove(&door.endpoint.id.0);
         }
     }

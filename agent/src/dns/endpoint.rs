@@ -11,6 +11,17 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+/// Length of a DNS header, and of a message without anything else.
+pub const HEADER: usize = 12;
+/// The third octet of a message that asks for the server's status (RFC 1035, section 4.1.1), which
+/// no resolver does: whoever opened an endpoint asks so whether somebody is there.
+pub const STATUS: u8 = 2 << 3;
+
+/// Whether a message is a header that asks for the server's status.
+pub fn is_status(bytes: &[u8]) -> bool {
+    bytes.len() == HEADER && bytes.get(2) == Some(&STATUS)
+}
+
 /// Tries at finding a port that is free for UDP and TCP.
 const TRIES: usize = 16;
 

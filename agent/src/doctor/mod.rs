@@ -3,6 +3,8 @@
 
 mod agents;
 mod features;
+mod others;
+mod permissions;
 mod users;
 mod ways;
 

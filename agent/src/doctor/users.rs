@@ -3,8 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::unix::fs::MetadataExt as _,
-    path::Path,
 };
 
 use crate::cgroup::{CgroupPath, Hierarchy};
@@ -117,20 +115,6 @@ fn know(user: &mut User, passwd: &str, group: &str) {
         {
             user.groups.extend(gid.parse::<u32>());
         }
-    }
-}
-
-impl User {
-    /// Whether the usual permissions let it write to `path`; access control lists are not read.
-    pub fn may_write(&self, path: &Path) -> bool {
-        let Ok(meta) = fs::metadata(path) else {
-            return false;
-        };
-        let mode = meta.mode();
-        self.uid == 0
-            || (meta.uid() == self.uid && mode & 0o200 != 0)
-            || (self.groups.contains(&meta.gid()) && mode & 0o020 != 0)
-            || mode & 0o002 != 0
     }
 }
 

@@ -5,7 +5,7 @@
 use std::{fs, path::Path};
 
 use super::{
-    Check, State,
+    Check, State, others,
     users::{self, User},
 };
 use crate::{
@@ -83,12 +83,13 @@ pub fn ways(settings: &Settings) -> Vec<Check> {
         });
         let above: Vec<_> = above.collect();
         all.extend(may_leave(&users, &above));
+        all.push(others::programs(hierarchy, &roots));
     }
     all.extend(jobs(&users));
     all.push(ssh());
     all.push(unprivileged_bpf());
     all.push(user_namespaces());
-    all.push(translation());
+    all.push(others::translation());
     all
 }
 
@@ -208,7 +209,7 @@ fn writable(settings: &Settings, users: &[User]) -> Vec<Check> {
         ("run directory", &paths.run),
         ("pins", &paths.bpffs),
     ];
-    places
+    let mut all: Vec<Check> = places
         .into_iter()
         .filter(|(_, path)| path.exists())
         .map(|(name, path)| {
@@ -217,10 +218,32 @@ fn writable(settings: &Settings, users: &[User]) -> Vec<Check> {
                 users,
                 |user| user.uid != 0 && user.may_write(path),
                 "may write there",
-                "leave it to root: `chown root` and `chmod go-w`",
+                "leave it to root: `chown root`, `chmod go-w`, `setfacl -b`",
             )
         })
-        .collect()
+        .collect();
+    // Whoever may write to a unix socket may connect to it.
+    let socket = settings.socket();
+    if socket.exists() {
+        all.push(by_user(
+            &format!("control socket {}", socket.display()),
+            users,
+            |user| user.uid != 0 && user.may_write(&socket),
+            "may connect: inside the fence it is told of itself alone, outside of every agent",
+            "take the user out of group remit; `setfacl -b` on the socket",
+        ));
+    }
+    let log = &paths.log;
+    if log.exists() {
+        all.push(by_user(
+            &format!("logs in {}", log.display()),
+            users,
+            |user| user.uid != 0 && user.may_read(&log.join("violations.jsonl")),
+            "may read what is known of every agent",
+            "leave them to root and group adm: `chmod o-r`, `setfacl -b`",
+        ));
+    }
+    all
 }
 
 /// Whoever may write to the `cgroup.procs` of a root or of one of its ancestors moves itself there.
@@ -331,36 +354,6 @@ fn user_namespaces() -> Check {
         )
     };
     Check::new(name, State::Watch, found, mend)
-}
-
-/// The fence judges packets after translation on output, and connect before it.
-fn translation() -> Check {
-    let name = "NAT on output";
-    let mend = "grant both the address before and after translation; a refusal says `translated`";
-    let legacy = fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
-    if legacy.lines().any(|table| table == "nat") {
-        let found = "iptables has a nat table: destinations may change behind connect";
-        return Check::new(name, State::Watch, found, mend);
-    }
-    let listed = std::process::Command::new("nft")
-        .args(["list", "chains"])
-        .output();
-    match listed {
-        Ok(output) if output.status.success() => {
-            let text = String::from_utf8_lossy(&output.stdout);
-            let has = text.contains("type nat hook output");
-            let (state, found) = if has {
-                (State::Watch, "nftables translates on output")
-            } else {
-                (State::Ok, "nftables has no such chain")
-            };
-            Check::new(name, state, found, mend)
-        }
-        Ok(_) | Err(_) => {
-            let found = "not told: no `nft` that answers, and no legacy nat table";
-            Check::new(name, State::Unknown, found, mend)
-        }
-    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,12 @@
 //!
 //! A slot of the allow cache is carried to a ring when it is written anew, or to a map where the ring
 //! is full, so what a quiet flow sent last lies in its slot for as long as nobody else wants that. It
-//! is told from there, and what was told is taken off what is later carried of the same destination. The next daemon needs that book:
-//! without it, it tells what lies in the slots once more.
+//! is told from there, and what was told is taken off what is later carried of the same destination:
+//! once the slot was carried, and not before, for till then only other processors have carried. The
+//! next daemon needs that book: without it, it tells what lies in the slots once more.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     os::fd::{AsFd as _, OwnedFd},
 };
@@ -28,7 +29,7 @@ pub struct Accesses {
     cache: PerCpuArray<MapData, Slots>,
     /// Its id.
     map: u32,
-    /// What came out of the ring and was not asked for yet.
+    /// What was carried and was not asked for yet.
     carried: HashMap<AccessKey, Access>,
     /// What of that found no room.
     lost: Access,
@@ -47,19 +48,33 @@ type Sums = [u64; 3];
 pub struct Remembered {
     /// Id of the map `cache` that it is about; no two maps of a boot have the same.
     map: u32,
-    /// CPU, place, slot, tenancy; bytes, packets, connections told.
-    told: Vec<(Tenancy, Sums)>,
+    /// CPU, place, slot, tenancy; agent, flow, address; bytes, packets, connections told.
+    told: Vec<(Tenancy, Flow, Sums)>,
     /// Agent, flow, address; bytes, packets, connections owed.
     owed: Vec<(Flow, Sums)>,
 }
 
-/// What was told from slots, and is not in the map yet. Pure.
+/// What was told from slots, and what of that will be carried or was. Pure.
 #[derive(Debug, Default)]
 struct Book {
-    /// By CPU, place and slot: who had it, and how much of that was told.
-    told: HashMap<(usize, u32, usize), (u32, Access)>,
-    /// By destination: what the map will say once more.
+    /// By CPU, place and slot: what was told of the tenancy that goes on there.
+    told: HashMap<Place, Told>,
+    /// By destination: what was told of tenancies that have ended. It is carried, too.
     owed: HashMap<AccessKey, Access>,
+}
+
+/// CPU, place, slot.
+type Place = (usize, u32, usize);
+
+/// What was told of a tenancy.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    /// Its number.
+    tenancy: u32,
+    /// Whose it is.
+    key: AccessKey,
+    /// How much.
+    sum: Access,
 }
 
 // === impl Accesses ===
@@ -94,13 +109,12 @@ impl Accesses {
         Remembered {
             map: self.map,
             told: told
-                .map(|((cpu, place, slot), (tenancy, told))| {
-                    ((*cpu, *place, *slot, *tenancy), flat(told))
+                .map(|((cpu, place, slot), told)| {
+                    let tenancy = (*cpu, *place, *slot, told.tenancy);
+                    (tenancy, flow(&told.key), flat(&told.sum))
                 })
                 .collect(),
-            owed: owed
-                .map(|(key, owed)| ((key.agent, key.flow, key.addr.words), flat(owed)))
-                .collect(),
+            owed: owed.map(|(key, owed)| (flow(key), flat(owed))).collect(),
         }
     }
 
@@ -114,14 +128,16 @@ impl Accesses {
             packets,
             connections,
         };
-        for ((cpu, place, slot, tenancy), told) in remembered.told {
-            let told = (tenancy, access(told));
+        for ((cpu, place, slot, tenancy), flow, told) in remembered.told {
+            let told = Told {
+                tenancy,
+                key: key_of(flow),
+                sum: access(told),
+            };
             self.book.told.insert((cpu, place, slot), told);
         }
-        for ((agent, flow, words), owed) in remembered.owed {
-            let addr = Addr { words };
-            let key = AccessKey { agent, flow, addr };
-            self.book.owed.insert(key, access(owed));
+        for (flow, owed) in remembered.owed {
+            self.book.owed.insert(key_of(flow), access(owed));
         }
     }
 
@@ -137,15 +153,21 @@ impl Accesses {
             let Ok(usage) = Usage::read_from_bytes(&record) else {
                 continue;
             };
-            if let Some(sum) = self.carried.get_mut(&usage.key) {
-                *sum = add(*sum, usage.used);
-            } else if self.carried.len() < ACCESS_ENTRIES as usize {
-                self.carried.insert(usage.key, usage.used);
-            } else {
-                self.lost = add(self.lost, usage.used);
-            }
+            drop(record);
+            self.keep(usage.key, usage.used);
         }
         most
+    }
+
+    /// Keeps what was carried until it is asked for.
+    fn keep(&mut self, key: AccessKey, used: Access) {
+        if let Some(sum) = self.carried.get_mut(&key) {
+            *sum = add(*sum, used);
+        } else if self.carried.len() < ACCESS_ENTRIES as usize {
+            self.carried.insert(key, used);
+        } else {
+            self.lost = add(self.lost, used);
+        }
     }
 
     /// What was carried since the last call; of the map's destinations `most`.
@@ -156,24 +178,35 @@ impl Accesses {
             .take(most)
             .collect::<Result<_, _>>()
             .map_err(io::Error::other)?;
-        let mut taken = Vec::new();
-        for (key, used) in self.carried.drain() {
-            let news = self.book.pay(&key, used);
-            if news != Access::zeroed() {
-                taken.push((key, news));
-            }
-        }
         for key in keys {
             let mut value = Access::new_zeroed();
             let map = self.taking.as_fd();
             if super::sys::take_element(map, key.as_bytes(), value.as_mut_bytes())? {
-                let news = self.book.pay(&key, value);
-                if news != Access::zeroed() {
-                    taken.push((key, news));
+                self.keep(key, value);
+            }
+        }
+        // After what was carried: a slot that is carried between the two is paid for next time.
+        self.end_tenancies()?;
+        let carried = std::mem::take(&mut self.carried);
+        let news = carried.into_iter().map(|(key, carried)| {
+            let news = self.book.pay(&key, carried);
+            (key, news)
+        });
+        Ok(news.filter(|(_, news)| *news != Access::zeroed()).collect())
+    }
+
+    /// Looks which of the tenancies that were told of have ended, of the destinations that something
+    /// was carried of.
+    fn end_tenancies(&mut self) -> io::Result<()> {
+        for place in self.book.places(&self.carried) {
+            let slots = self.cache.get(&place, 0).map_err(io::Error::other)?;
+            for (cpu, slots) in slots.iter().enumerate() {
+                for (at, slot) in slots.slots.iter().enumerate() {
+                    self.book.saw((cpu, place, at), slot.sequence);
                 }
             }
         }
-        Ok(taken)
+        Ok(())
     }
 
     /// What lies in the slots and was not told yet.
@@ -182,26 +215,23 @@ impl Accesses {
         for place in 0..CACHE_PLACES {
             let first = self.cache.get(&place, 0).map_err(io::Error::other)?;
             let in_use = |slots: &Slots| slots.slots.iter().any(|slot| used(slot).is_some());
-            if !first.iter().any(in_use) {
-                self.book.forget(place);
+            if !first.iter().any(in_use) && !self.book.knows(place) {
                 continue;
             }
-            // Slots change while they are copied: what counts is what two looks agree on.
+            // Slots change while they are copied. What the second look found between two sights of
+            // one number is that tenancy's; the first may have taken it from the one before.
             let second = self.cache.get(&place, 0).map_err(io::Error::other)?;
             for (cpu, (first, second)) in first.iter().zip(second.iter()).enumerate() {
                 for (at, (first, second)) in first.slots.iter().zip(&second.slots).enumerate() {
-                    let Some((key, first_used)) = used(first) else {
-                        self.book.told.remove(&(cpu, place, at));
+                    let slot = (cpu, place, at);
+                    self.book.saw(slot, second.sequence);
+                    let Some((key, used)) = used(second) else {
                         continue;
                     };
-                    let Some((again, _)) = used(second) else {
-                        continue;
-                    };
-                    if key != again || first.sequence != second.sequence {
+                    if first.sequence != second.sequence {
                         continue;
                     }
-                    let slot = (cpu, place, at);
-                    let news = self.book.tell(slot, first.sequence, &key, first_used);
+                    let news = self.book.tell(slot, second.sequence, &key, used);
                     if news != Access::zeroed() {
                         found.push((key, news));
                     }
@@ -261,31 +291,45 @@ fn less(a: Access, b: Access) -> Access {
     }
 }
 
+fn flow(key: &AccessKey) -> Flow {
+    (key.agent, key.flow, key.addr.words)
+}
+
+fn key_of((agent, flow, words): Flow) -> AccessKey {
+    let addr = Addr { words };
+    AccessKey { agent, flow, addr }
+}
+
 // === impl Book ===
 
 impl Book {
-    /// What a slot's tenant used that was not told yet. It is owed from now on.
-    fn tell(
-        &mut self,
-        slot: (usize, u32, usize),
-        sequence: u32,
-        key: &AccessKey,
-        used: Access,
-    ) -> Access {
-        let before = match self.told.get(&slot) {
-            Some((tenancy, told)) if *tenancy == sequence => *told,
-            Some(_) | None => Access::zeroed(),
-        };
-        let news = less(used, before);
-        self.told.insert(slot, (sequence, add(before, news)));
-        if news != Access::zeroed() {
-            let owed = self.owed.entry(*key).or_insert(Access::zeroed());
-            *owed = add(*owed, news);
-        }
+    /// What a slot's tenant used that was not told yet.
+    fn tell(&mut self, slot: Place, tenancy: u32, key: &AccessKey, used: Access) -> Access {
+        self.saw(slot, tenancy);
+        let told = self.told.entry(slot).or_insert(Told {
+            tenancy,
+            key: *key,
+            sum: Access::zeroed(),
+        });
+        let news = less(used, told.sum);
+        told.sum = add(told.sum, news);
         news
     }
 
-    /// What the map says of a destination, without what was told before.
+    /// A slot has this number now. Another one than before: what was told of its tenant was carried,
+    /// or is at this moment, and is owed.
+    fn saw(&mut self, slot: Place, tenancy: u32) {
+        let ended = self.told.get(&slot).filter(|told| told.tenancy != tenancy);
+        if let Some(told) = ended.copied() {
+            self.told.remove(&slot);
+            if told.sum != Access::zeroed() {
+                let owed = self.owed.entry(told.key).or_insert(Access::zeroed());
+                *owed = add(*owed, told.sum);
+            }
+        }
+    }
+
+    /// What was carried of a destination, without what was told before.
     fn pay(&mut self, key: &AccessKey, carried: Access) -> Access {
         let Some(owed) = self.owed.get_mut(key) else {
             return carried;
@@ -298,11 +342,15 @@ impl Book {
         news
     }
 
-    /// A place whose slots are all empty.
-    fn forget(&mut self, place: u32) {
-        if !self.told.is_empty() {
-            self.told.retain(|(_, at, _), _| *at != place);
-        }
+    /// The places from which something was told of these destinations.
+    fn places(&self, of: &HashMap<AccessKey, Access>) -> BTreeSet<u32> {
+        let told = self.told.iter();
+        let theirs = told.filter(|(_, told)| of.contains_key(&told.key));
+        theirs.map(|((_, place, _), _)| *place).collect()
+    }
+
+    fn knows(&self, place: u32) -> bool {
+        !self.told.is_empty() && self.told.keys().any(|(_, at, _)| *at == place)
     }
 }
 
@@ -336,6 +384,7 @@ mod tests {
         assert_eq!(book.tell(slot, 2, &key(1), access(1000)), NOTHING);
         assert_eq!(book.tell(slot, 2, &key(1), access(5000)), access(4000));
         // The slot is carried with what was used after the look.
+        book.saw(slot, 4);
         assert_eq!(book.pay(&key(1), access(7000)), access(2000));
         assert!(book.owed.is_empty());
         assert_eq!(book.pay(&key(1), access(300)), access(300));
@@ -343,31 +392,62 @@ mod tests {
         assert_eq!(book.tell(slot, 4, &key(2), access(50)), access(50));
     }
 
+    /// A flow that has moved to another processor: what it carries there is not what was told from
+    /// the slot that it left, which lies there for as long as nobody wants it.
+    #[test]
+    fn what_one_processor_told_is_not_paid_by_another() {
+        let mut book = Book::default();
+        let (left, now) = ((0, 7, 0), (1, 7, 0));
+        assert_eq!(book.tell(left, 2, &key(1), access(4000)), access(4000));
+        book.saw(now, 6);
+        assert_eq!(book.pay(&key(1), access(3000)), access(3000));
+        assert_eq!(book.tell(now, 6, &key(1), access(1000)), access(1000));
+        // Both are carried in the end.
+        book.saw(left, 4);
+        book.saw(now, 8);
+        assert_eq!(book.pay(&key(1), access(4000)), NOTHING);
+        assert_eq!(book.pay(&key(1), access(1500)), access(500));
+        assert!(book.owed.is_empty() && book.told.is_empty());
+    }
+
     #[test]
     fn sums_are_exact_whenever_it_is_looked() {
-        // One flow over many tenancies, looked at and taken at odd moments.
+        // A flow over many tenancies on two processors, looked at and taken at odd moments.
         let mut book = Book::default();
-        let (mut used, mut carried, mut told, mut all) = (NOTHING, NOTHING, NOTHING, NOTHING);
-        let mut sequence = 2;
-        for step in 1..10_000_u64 {
-            let more = access(step % 13 * 100);
-            used = add(used, more);
+        let (mut carried, mut told, mut all) = (NOTHING, NOTHING, NOTHING);
+        let mut used = [NOTHING; 2];
+        let mut tenancy = [2_u32; 2];
+        for step in 1..10_000_usize {
+            let cpu = step / 500 % 2;
+            let slot = (cpu, 0, 0);
+            let more = access(step as u64 % 13 * 100);
+            used[cpu] = add(used[cpu], more);
             all = add(all, more);
             if step % 7 == 0 {
-                told = add(told, book.tell((0, 0, 0), sequence, &key(1), used));
+                told = add(told, book.tell(slot, tenancy[cpu], &key(1), used[cpu]));
             }
             if step % 11 == 0 {
-                carried = add(carried, used);
-                used = NOTHING;
-                sequence += 2;
+                carried = add(carried, used[cpu]);
+                used[cpu] = NOTHING;
+                tenancy[cpu] += 2;
             }
             if step % 17 == 0 {
+                for (cpu, tenancy) in tenancy.iter().enumerate() {
+                    book.saw((cpu, 0, 0), *tenancy);
+                }
                 told = add(told, book.pay(&key(1), carried));
                 carried = NOTHING;
             }
+            if step % 119 == 0 {
+                // All of it was looked at and taken: nothing is missing, whoever has the flow.
+                for cpu in 0..2 {
+                    let slot = (cpu, 0, 0);
+                    told = add(told, book.tell(slot, tenancy[cpu], &key(1), used[cpu]));
+                }
+                told = add(told, book.pay(&key(1), carried));
+                carried = NOTHING;
+                assert_eq!(told, all, "after step {step}");
+            }
         }
-        told = add(told, book.tell((0, 0, 0), sequence, &key(1), used));
-        told = add(told, book.pay(&key(1), carried));
-        assert_eq!(told, all);
     }
 }

@@ -46,8 +46,8 @@ pub enum Succession {
 /// Maps that go from set to set as they are, while their shape is the same. All others are this
 /// process's own to fill.
 const CARRIED: [&str; 13] = [
-    "tags", "owners", "events", "folds", "budgets", "names", "counters", "used", "access", "beyond",
-    "guards", "asked", "askers",
+    "tags", "owners", "events", "folds", "budgets", "names", "counters", "used", "access",
+    "beyond", "guards", "asked", "askers",
 ];
 /// Of those, the ones that older versions do not have, and that are made anew in no time.
 const RENEWED: [&str; 4] = ["used", "guards", "asked", "askers"];

@@ -32,7 +32,7 @@ pub struct Reached {
     pub dst: Option<Endpoint>,
     /// How many destinations those are.
     pub destinations: u64,
-    /// The name that leased the address, if one did.
+    /// The name that led there last, if one did.
     pub dst_name: Option<String>,
     /// The entry that grants it, as the registry is when this is written.
     pub entry: Option<EntryRef>,

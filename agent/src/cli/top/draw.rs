@@ -15,11 +15,13 @@ use super::{
 };
 use crate::{
     audit::line::target,
-    control::protocol::{AgentStatus, Posture},
+    control::protocol::{AgentStatus, Lease, Posture},
 };
 
 /// An end nearer than this is worth a look, in milliseconds.
 const NEAR: i64 = 7 * 86_400 * 1000;
+/// Leases shown.
+const LEASES: usize = 4;
 /// Characters of `2026-11-24T`, and of the time of day.
 const DATE: usize = 11;
 const TIME: usize = 8;
@@ -33,6 +35,15 @@ pub fn all(frame: &mut Frame<'_>, view: &View) {
     ])
     .areas(frame.area());
     header(frame, head, view);
+    let ending = view.leases();
+    let [body, middle] = Layout::vertical([
+        Constraint::Min(1),
+        Constraint::Length(match ending.len().min(LEASES) {
+            0 => 0,
+            rows => u16::try_from(rows + 1).unwrap_or(0),
+        }),
+    ])
+    .areas(body);
     let [above, below] =
         Layout::vertical([Constraint::Percentage(50), Constraint::Percentage(50)]).areas(body);
     match view.open() {
@@ -40,6 +51,7 @@ pub fn all(frame: &mut Frame<'_>, view: &View) {
         None => agents(frame, above, view),
     }
     violations(frame, below, view);
+    leases(frame, middle, &ending, view.now());
     if let Some(text) = &view.explanation {
         explanation(frame, text);
     }
@@ -142,13 +154,9 @@ fn style(agent: &AgentStatus, refused: f64, view: &View) -> Style {
         return Style::new().fg(Color::Red);
     }
     // By the daemon's clock, which decides.
-    let now = view.status.as_ref().and_then(|status| {
-        let checked = status.guards.iter().map(|guard| guard.checked_ms);
-        checked.max()
-    });
     let near = agent
         .expires_ms
-        .zip(now)
+        .zip(view.now())
         .is_some_and(|(ends, now)| ends - now < NEAR);
     if near || refused > 0.0 || agent.finding.is_some() {
         return Style::new().fg(Color::Yellow);
@@ -224,6 +232,42 @@ fn violations(frame: &mut Frame<'_>, area: Rect, view: &View) {
     }
     let mut state = TableState::default().with_selected(Some(view.line));
     frame.render_stateful_widget(table, area, &mut state);
+}
+
+/// The leases that end first.
+fn leases(frame: &mut Frame<'_>, area: Rect, leases: &[(&str, &Lease)], now: Option<i64>) {
+    if leases.is_empty() {
+        return;
+    }
+    let rows = leases.iter().take(LEASES).map(|(agent, lease)| {
+        Row::new([
+            plain(agent),
+            plain(lease.name.as_deref().unwrap_or("(name not known)")),
+            lease.addr.to_string(),
+            now.map_or_else(|| "?".to_owned(), |now| left(lease.until_ms - now)),
+        ])
+    });
+    let widths = [
+        Constraint::Length(15),
+        Constraint::Min(20),
+        Constraint::Length(24),
+        Constraint::Length(12),
+    ];
+    let title = match leases.len() {
+        1 => " 1 lease ".to_owned(),
+        all => format!(" {all} leases, the nearest end first "),
+    };
+    frame.render_widget(Table::new(rows, widths).block(block(title, false)), area);
+}
+
+/// How long it lasts.
+fn left(millis: i64) -> String {
+    match millis {
+        ..=0 => "over".to_owned(),
+        millis if millis < 120_000 => format!("for {} s", millis / 1000),
+        millis if millis < 7_200_000 => format!("for {} min", millis / 60_000),
+        millis => format!("for {} h", millis / 3_600_000),
+    }
 }
 
 /// Time of day, agent, destination, reason, attempts, process: what fits.

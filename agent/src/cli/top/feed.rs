@@ -14,6 +14,7 @@ use super::super::{agents::segment, format};
 use crate::{
     audit::{
         LogName,
+        line::is_of_probe,
         tail::{Filter, Tail, Wake},
     },
     control::{
@@ -46,13 +47,13 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Asks the daemon `every` so often, and reads the log in `folder`.
-    pub fn start(client: Client, folder: &Path, every: Duration) -> Self {
+    /// Asks the daemon `every` so often, and reads the log in `folder`, lines of `probes` if wanted.
+    pub fn start(client: Client, folder: &Path, every: Duration, probes: bool) -> Self {
         let (say, news) = channel();
         let (questions, asked) = channel();
         let path = folder.join(LogName::Violations.file());
         let say_violations = say.clone();
-        thread::spawn(move || read(&path, &say_violations));
+        thread::spawn(move || read(&path, probes, &say_violations));
         thread::spawn(move || ask(&client, every, &asked, &say));
         Self { news, questions }
     }
@@ -151,7 +152,7 @@ fn told(explain: &Explain) -> String {
     lines.join("\n")
 }
 
-fn read(path: &Path, say: &Sender<Said>) {
+fn read(path: &Path, probes: bool, say: &Sender<Said>) {
     let mut wake = Wake::new(path);
     let since = jiff::Timestamp::now().as_millisecond() - BEFORE;
     let filter = Filter {
@@ -168,6 +169,9 @@ fn read(path: &Path, say: &Sender<Said>) {
             wake.wait(LOOK);
         }
         for line in lines {
+            if !probes && is_of_probe(&line.event) {
+                continue;
+            }
             if say.send(Said::Violation(line.event)).is_err() {
                 return;
             }

@@ -33,6 +33,9 @@ pub(super) struct Arguments {
     /// Seconds between two looks at the daemon.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
     every: u64,
+    /// Violations of probes too, which are none of an agent's own.
+    #[arg(long)]
+    probes: bool,
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
@@ -46,6 +49,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
         global.client()?,
         &global.settings()?.paths.log,
         Duration::from_secs(arguments.every),
+        arguments.probes,
     );
     let mut view = View::default();
     let mut terminal = ratatui::try_init().context("cannot set up the terminal")?;

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::{
     audit::query::agent,
-    control::protocol::{AgentStatus, Question, Status},
+    control::protocol::{AgentStatus, Lease, Question, Status},
 };
 
 /// Violations kept.
@@ -221,6 +221,29 @@ impl View {
         let id = self.opened.as_ref()?;
         let status = self.status.as_ref()?;
         status.agents.iter().find(|agent| agent.id == *id)
+    }
+
+    /// Leases of the agents on the screen, with whose they are; the nearest end first.
+    pub fn leases(&self) -> Vec<(&str, &Lease)> {
+        let shown = match self.open() {
+            Some(agent) => vec![agent],
+            None => self.agents(),
+        };
+        let mut leases: Vec<_> = shown
+            .into_iter()
+            .flat_map(|agent| agent.leases.iter().map(|lease| (agent.id.as_str(), lease)))
+            .collect();
+        leases.sort_by(|(a, left), (b, right)| {
+            let key = |lease: &Lease| (lease.until_ms, lease.addr);
+            (key(left), a).cmp(&(key(right), b))
+        });
+        leases
+    }
+
+    /// This moment, by the daemon's clock: guards are read back for each answer.
+    pub fn now(&self) -> Option<i64> {
+        let guards = &self.status.as_ref()?.guards;
+        guards.iter().map(|guard| guard.checked_ms).max()
     }
 
     /// Violations of the agents on the screen, newest first.

@@ -166,7 +166,8 @@ pub struct AgentStatus {
     /// What its last probe came to; none since the daemon started.
     #[serde(default)]
     pub last_probe: Option<LastProbe>,
-    /// Addresses that names lead it to now, sorted by name; the first of them, if there are many.
+    /// Addresses that names lead it to now, sorted by name; those that end first, if there are
+    /// many.
     #[serde(default)]
     pub leases: Vec<Lease>,
     /// How many there are.

@@ -32,6 +32,12 @@ pub fn serve() -> io::Result<()> {
         let tried = match serde_json::from_str(&line?)? {
             Task::Try(order) => attempt(&order),
             Task::Run { program, packet } => run(&program, &packet),
+            Task::Lookup { via, message } => {
+                let mut tried = Tried::default();
+                let result = look_up(via, &message, &mut tried);
+                failed(&mut tried, result);
+                tried
+            }
         };
         let mut text = serde_json::to_vec(&tried)?;
         text.push(b'\n');
@@ -67,6 +73,12 @@ fn attempt(order: &Order) -> Tried {
         Way::OwnTcp => own_tcp(order, &mut tried),
         Way::OwnUdp => own_udp(order, &mut tried),
     };
+    failed(&mut tried, result);
+    tried
+}
+
+/// Notes why, if it went wrong.
+fn failed(tried: &mut Tried, result: io::Result<()>) {
     if let Err(error) = result {
         tried.errno = match error.raw_os_error() {
             Some(errno) => errno,
@@ -75,7 +87,29 @@ fn attempt(order: &Order) -> Tried {
             None => libc::EIO,
         };
     }
-    tried
+}
+
+/// Only the first answer with the question's number counts.
+fn look_up(via: SocketAddr, message: &[u8], tried: &mut Tried) -> io::Result<()> {
+    step(tried, "bind");
+    let socket = unbound(if via.is_ipv4() {
+        Family::V4
+    } else {
+        Family::V6
+    })?;
+    step(tried, "connect");
+    socket.connect(via)?;
+    step(tried, "send");
+    socket.send(message)?;
+    step(tried, "receive");
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = [0; 512];
+    let length = socket.recv(&mut answer)?;
+    let answer = answer.get(..length).unwrap_or_default();
+    if answer.get(..2) == message.get(..2) {
+        tried.code = answer.get(3).map(|flags| flags & 0x0f);
+    }
+    Ok(())
 }
 
 fn step(tried: &mut Tried, name: &str) {

@@ -15,6 +15,7 @@
 mod ears;
 pub mod helper;
 mod judge;
+mod lookup;
 mod order;
 mod packet;
 mod places;

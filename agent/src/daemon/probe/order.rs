@@ -51,6 +51,13 @@ pub enum Task {
         /// With an Ethernet header in front.
         packet: Vec<u8>,
     },
+    /// Ask a resolver over UDP.
+    Lookup {
+        /// Which.
+        via: SocketAddr,
+        /// What.
+        message: Vec<u8>,
+    },
 }
 
 /// One attempt.
@@ -80,6 +87,9 @@ pub struct Tried {
     /// Id of the program that was run.
     #[serde(default)]
     pub program: u32,
+    /// The response code of a lookup that was answered.
+    #[serde(default)]
+    pub code: Option<u8>,
 }
 
 // === impl Order ===

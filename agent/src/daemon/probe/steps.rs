@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, mpsc},
     time::{Duration, Instant},
@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::worker::{Job, Work, Worker};
 use crate::{
-    audit::{Actor, Decision, ProbeResult, ProbeRun},
+    audit::{Actor, Decision, ProbeResult, ProbeRun, metrics},
     cgroup::{CgroupPath, Hierarchy},
     control::{
         Caller, Hold, HoldState, Processes, Reply, Rights,
@@ -66,6 +66,8 @@ pub struct Ground {
     /// Where the egress program is pinned, and the id of the one that is attached.
     pub egress: PathBuf,
     pub attached: Option<u32>,
+    /// The agent's endpoint of the DNS guard; empty where it uses no names.
+    pub guard: Vec<SocketAddr>,
     /// The violation log.
     pub log: PathBuf,
     pub revision: u64,
@@ -80,6 +82,8 @@ pub struct Sight {
     pub unwritten: Option<String>,
     /// What is wrong with the ring.
     pub ring: Option<String>,
+    /// Questions that the DNS guard has dropped because an agent had too many open.
+    pub busy: u64,
     /// Whether the agent's entry or row was changed since the probe began.
     pub changed: bool,
 }
@@ -115,6 +119,27 @@ impl Probing {
     /// Takes note of the thread that does the work.
     pub fn set_worker(&mut self, worker: Worker) {
         self.worker = Some(worker);
+    }
+
+    /// What the last probe of each agent came to, for metrics.
+    pub fn last_of_each(&self) -> Vec<metrics::Probe> {
+        let last = self.last.iter().map(|(id, last)| metrics::Probe {
+            agent: id.clone(),
+            verdict: last.verdict.name(),
+            time: last.time_ms,
+        });
+        last.collect()
+    }
+
+    /// Probes since the start, by what they came to.
+    pub fn by_verdict(&self) -> BTreeMap<String, u64> {
+        let counts = [
+            (ProbeVerdict::Pass, self.counts.pass),
+            (ProbeVerdict::Fail, self.counts.fail),
+            (ProbeVerdict::Unknown, self.counts.unknown),
+        ];
+        let named = counts.map(|(verdict, count)| (verdict.name().to_owned(), count));
+        named.into()
     }
 }
 
@@ -308,6 +333,7 @@ impl Core {
             wrong,
             egress: self.enforcer.program_pin("remit_egress"),
             attached,
+            guard: self.names.asked.at(index),
             log: self.settings.paths.log.join("violations.jsonl"),
             revision: self.force.revision,
         })
@@ -345,6 +371,10 @@ impl Core {
         Sight {
             counters: counters.unwrap_or(Counters::zeroed()),
             unwritten: self.recorder.unwritten(),
+            busy: self
+                .names
+                .server()
+                .map_or(0, |server| server.unanswered().busy),
             ring,
             changed: now
                 .is_none_or(|now| now.policy != policy || now.revision != self.force.revision),

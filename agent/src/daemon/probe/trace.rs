@@ -104,6 +104,18 @@ impl Trace {
         }
         found
     }
+
+    /// Whether there is a line about a lookup of this name.
+    pub fn has_lookup(&self, run: &str, name: &str) -> bool {
+        let text = |line: &Value, at: &str, wanted: &str| {
+            line.pointer(at).and_then(Value::as_str) == Some(wanted)
+        };
+        self.lines.iter().any(|line| {
+            text(line, "/unmapped/probe", run)
+                && text(line, "/query/hostname", name)
+                && text(line, "/unmapped/verdict", "denied")
+        })
+    }
 }
 
 fn fits(line: &Value, mark: Mark<'_>) -> bool {

@@ -42,7 +42,7 @@ use crate::{
 /// Probes that may wait.
 const WAITING: usize = 32;
 /// How long the log may take to tell of a refusal.
-const TOLD_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const TOLD_WITHIN: Duration = Duration::from_secs(2);
 /// How long a listener is given for what must not arrive: on this very host it would be there by
 /// the time the helper answers.
 const SILENCE: Duration = Duration::from_millis(20);
@@ -74,7 +74,7 @@ pub struct Job {
 pub struct Worker(mpsc::SyncSender<Work>);
 
 /// Why a probe proves nothing.
-type Unclear = String;
+pub(super) type Unclear = String;
 
 // === impl Worker ===
 
@@ -110,7 +110,7 @@ impl Worker {
 }
 
 /// Asks the daemon's task.
-fn ask<T>(
+pub(super) fn ask<T>(
     steps: &channel::Sender<Step>,
     step: impl FnOnce(mpsc::Sender<T>) -> Step,
 ) -> Result<T, Unclear> {
@@ -212,6 +212,7 @@ fn try_all(agent: &str, steps: &channel::Sender<Step>, probed: &mut Probed) -> R
     probed.hash.clone_from(&ground.tables.hash);
     let result = Trial::start(&ground, steps).and_then(|mut trial| {
         trial.tables();
+        trial.names()?;
         let tried = trial.everything();
         probed.attempts = std::mem::take(&mut trial.attempts);
         trial.end();
@@ -222,15 +223,15 @@ fn try_all(agent: &str, steps: &channel::Sender<Step>, probed: &mut Probed) -> R
 }
 
 /// A helper at work.
-struct Trial<'a> {
-    ground: &'a Ground,
-    steps: &'a channel::Sender<Step>,
+pub(super) struct Trial<'a> {
+    pub(super) ground: &'a Ground,
+    pub(super) steps: &'a channel::Sender<Step>,
     registry: Registry<'a>,
     child: Child,
     orders: File,
     answers: BufReader<File>,
-    trace: Trace,
-    attempts: Vec<ProbeAttempt>,
+    pub(super) trace: Trace,
+    pub(super) attempts: Vec<ProbeAttempt>,
 }
 
 impl<'a> Trial<'a> {
@@ -507,7 +508,7 @@ impl<'a> Trial<'a> {
     }
 
     /// The helper's answer; none when it gives none in time.
-    fn tell(&mut self, task: &Task) -> Result<Option<Tried>, Unclear> {
+    pub(super) fn tell(&mut self, task: &Task) -> Result<Option<Tried>, Unclear> {
         let mut line = serde_json::to_vec(task).map_err(|error| error.to_string())?;
         line.push(b'\n');
         if let Err(error) = self.orders.write_all(&line) {

@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::{
     super::{
+        endpoint::is_status,
         guard::{Action, AddressLease, Guard, Outcome, Report},
         message::{self, Asked, ErrorCode, Reply, Unreadable, udp_limit},
         resolv::{self, Resolv},
@@ -78,7 +79,10 @@ impl Shared {
         let asked = match message::read(bytes) {
             Ok(asked) => asked,
             Err(unreadable) => {
-                self.dropped.malformed.fetch_add(1, Ordering::Relaxed);
+                // Whoever asks whether somebody is here is told so, and has done nothing wrong.
+                if !is_status(bytes) {
+                    self.dropped.malformed.fetch_add(1, Ordering::Relaxed);
+                }
                 return match unreadable {
                     Unreadable::Silent(_) => None,
                     Unreadable::Reply { reply, .. } => Some(reply),
