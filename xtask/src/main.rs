@@ -10,6 +10,7 @@ mod initramfs;
 mod kernels;
 mod layers;
 mod lint;
+mod machine;
 mod report;
 mod talk;
 mod test;
@@ -38,7 +39,7 @@ enum Command {
     Build,
     /// Build, then show an agent inside its scope and what it is refused
     Demo(demo::Options),
-    /// Boot Debian kernels in QEMU and run the kernel tests in each
+    /// Boot Debian kernels in QEMU and run the kernel tests in each, or whole Debian machines
     Vm(vm::Options),
     /// Run unit tests, the kernel tests on this host, and the same in a VM for each kernel
     Test(test::Options),
