@@ -112,7 +112,7 @@ fn booted() -> Result<String> {
     let counts = fenced(GUARDED)?;
     let turned_away = sum(counts.side(false), |lane| lane.refused);
     expect("in scope and refused, behind the guard", turned_away, 0)?;
-    let began = Counts::read(EARLY)?.began_ns / 1000;
+    let began = moment_us(&format!("{EARLY}.service"), "ExecMainStartTimestamp")?;
     claim(began < basic, || {
         format!("{EARLY} began at {began} us, after the system was initialised at {basic} us")
     })?;

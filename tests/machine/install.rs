@@ -104,8 +104,8 @@ fn readme() -> Result<String> {
     for file in ["/usr/share/man/man1/remit.1.gz", "/sys/fs/bpf/remit"] {
         claim(Path::new(file).exists(), || format!("there is no {file}"))?;
     }
-    // What was installed is what the package says.
-    let changed = sh("dpkg --verify remit")?;
+    // What was installed is what the package says, but for settings that the README changes.
+    let changed = sh("dpkg --verify remit | grep -v ' c /etc/' | cat")?;
     claim(changed.is_empty(), || format!("dpkg --verify: {changed}"))?;
     // Unregistered is denied at once: nothing has been registered by this driver.
     agent_unit(

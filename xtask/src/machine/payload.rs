@@ -21,6 +21,8 @@ use crate::{
 
 /// The mark of the README's blocks that are run word for word.
 const MARK: &str = "```sh install";
+/// Of the package; the second one's is higher.
+const REVISION: &str = "1";
 /// What is added to the version of the second package.
 const HIGHER: &str = "+next1";
 /// Room besides the files.
@@ -36,7 +38,7 @@ pub struct Payload {
 
 /// Builds both packages and the disk.
 pub fn build(workspace: &Workspace, folder: &Path) -> Result<Payload> {
-    let package = package(workspace)?;
+    let package = dist::make(workspace, REVISION)?.deb;
     let lint = lint(workspace, &package)?;
     let readme = workspace.root.join("README.md");
     let readme =
@@ -60,17 +62,6 @@ pub fn build(workspace: &Workspace, folder: &Path) -> Result<Payload> {
     let disk = folder.join("payload.ext4");
     image(content.path(), &disk)?;
     Ok(Payload { disk, lint })
-}
-
-/// The package as `cargo xtask dist` makes it.
-fn package(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.target.join("dist");
-    let found = fs::read_dir(&folder)
-        .with_context(|| format!("cannot list {}", folder.display()))?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|end| end == "deb"));
-    found.with_context(|| format!("no package in {}", folder.display()))
 }
 
 /// All that the README's marked blocks say, in order.
