@@ -6,6 +6,7 @@ mod bpf_linker;
 mod build;
 mod ci;
 mod demo;
+mod dist;
 mod initramfs;
 mod kernels;
 mod layers;
@@ -45,6 +46,8 @@ enum Command {
     Test(test::Options),
     /// Measure what Remit costs, beside no fence, empty programs and other designs
     Bench(bench::Options),
+    /// Make what is published: a static program, a .deb, a tarball, an SBOM, checksums
+    Dist(dist::Options),
     /// Check format, clippy, layering and names
     Lint,
     /// What CI runs: lint, then test
@@ -76,6 +79,7 @@ fn run(workspace: &Workspace, command: Command) -> Result<ExitCode> {
         Command::Vm(options) => vm::command(workspace, &options),
         Command::Test(options) => test::command(workspace, &options),
         Command::Bench(options) => bench::command(workspace, &options),
+        Command::Dist(options) => dist::command(workspace, &options),
         Command::Lint => lint::command(workspace).map(|()| ExitCode::SUCCESS),
         Command::Ci => ci::command(workspace),
         Command::DemoAgent(options) => demo::agent_command(&options),

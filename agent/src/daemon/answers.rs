@@ -7,6 +7,7 @@ use agent_ebpf::abi::{self, Addr, Loopback, NEVER, NO_ENTRY, Reason, State};
 use super::{
     core::{Core, boot_now},
     force::InForce,
+    placing::place_by,
     settings::Containment,
     time::wall_millis,
 };
@@ -372,21 +373,10 @@ impl Core {
         })
     }
 
-    /// A new cgroup that one of the agent's selectors claims: a child of a plain path, or a glob
-    /// with its stars filled in.
+    /// A new cgroup that one of the agent's selectors claims.
     fn place_for(&self, tables: &AgentTables, serial: u64) -> Option<CgroupPath> {
         tables.selectors.iter().find_map(|selector| {
-            let plain = !selector.contains(['*', '?', '[', '{']);
-            let path = if plain {
-                format!("{selector}/run-{serial}.scope")
-            } else if selector.contains(['?', '[', '{']) {
-                return None;
-            } else {
-                selector
-                    .replace("**", "*")
-                    .replace('*', &format!("run-{serial}"))
-            };
-            let path = CgroupPath::new(path).ok()?;
+            let path = CgroupPath::new(place_by(selector, serial)?).ok()?;
             self.roots
                 .iter()
                 .any(|root| path.is_within(root) && path != *root)

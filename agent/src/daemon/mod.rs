@@ -20,8 +20,10 @@ mod detach;
 mod differences;
 mod endings;
 mod evidence;
+pub mod fence;
 mod files;
 pub mod force;
+mod ground;
 mod keeping;
 mod laps;
 mod leased;
@@ -30,6 +32,7 @@ mod lock;
 mod lookups;
 mod metering;
 mod names;
+mod placing;
 mod posture;
 mod probe;
 mod reconcile;
@@ -40,6 +43,7 @@ mod selftest;
 pub mod settings;
 pub mod standalone;
 mod time;
+mod watchdog;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -52,7 +56,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use self::{core::Core, files::Files, settings::Settings};
+use self::{core::Core, files::Files, settings::Settings, watchdog::Watchdog};
 use crate::{
     audit::{LogError, TrailError, mask::PatternError},
     cgroup::{self, Watcher},
@@ -116,6 +120,9 @@ pub enum DaemonError {
     /// Selectors of the registry.
     #[error(transparent)]
     Selectors(#[from] cgroup::SelectorError),
+    /// A fence that does not read back as it should.
+    #[error("the fence does not stand: {0}")]
+    Fence(String),
     /// The kernel's verdict is not memory's.
     #[error("self-test: {0}; nothing is declared ready on such grounds")]
     SelfTest(String),
@@ -231,6 +238,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         warn!(message = "The service manager could not be told.", %error);
     }
     info!(message = "Enforcing.", revision = core.revision());
+    let mut watchdog = Watchdog::start();
 
     let reason = loop {
         let mut selectors = None;
@@ -270,6 +278,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 if core.settle() {
                     selectors = Some(core.selectors());
                 }
+                watchdog.feed(&core, &[("control server", server.is_finished())]);
             }
             _ = reconcile.tick() => {
                 core.mend();
