@@ -73,6 +73,9 @@ pub struct Options {
     /// Boot only the machine of this suite: bookworm or trixie; may be given more than once
     #[arg(long, value_name = "NAME", requires = "systemd")]
     suite: Vec<String>,
+    /// Take the programs as the last build left them
+    #[arg(long)]
+    as_built: bool,
     /// Print the whole console
     #[arg(long, short)]
     verbose: bool,
@@ -91,6 +94,7 @@ impl Options {
             init: None,
             systemd: false,
             suite: Vec::new(),
+            as_built: false,
             verbose,
         }
     }
@@ -108,7 +112,7 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if options.init.is_none() {
+    if options.init.is_none() && !options.as_built {
         build::static_programs(workspace)?;
     }
     let places = if options.systemd {

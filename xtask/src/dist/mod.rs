@@ -51,6 +51,8 @@ pub struct Made {
 /// What a build of it is told.
 struct Release<'w> {
     workspace: &'w Workspace,
+    /// Cargo's profile of the program.
+    profile: &'static str,
     /// Seconds since the Unix epoch that stand for every time.
     epoch: String,
     package: Package,
@@ -96,9 +98,10 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
 /// Builds and packs all of it.
 pub fn make(workspace: &Workspace, revision: &str) -> Result<Made> {
     build::set_up(workspace)?;
-    tool::ensure(workspace)?;
+    tool::ensure(workspace, None)?;
     let release = Release {
         workspace,
+        profile: "dist",
         epoch: epoch(&workspace.shell)?,
         package: package(workspace)?,
     };
@@ -116,6 +119,20 @@ pub fn make(workspace: &Workspace, revision: &str) -> Result<Made> {
     checksums(workspace, &folder)?;
     talk::note(&format!("left {}", folder.display()));
     Ok(Made { folder, deb })
+}
+
+/// The Debian package alone, of the program that [`build::static_programs`] has left: the tests of the
+/// package do not wait for the build that is published.
+pub fn package_for_tests(workspace: &Workspace, folder: &Path) -> Result<PathBuf> {
+    tool::ensure(workspace, Some(tool::PACKER))?;
+    let release = Release {
+        workspace,
+        profile: "release",
+        epoch: epoch(&workspace.shell)?,
+        package: package(workspace)?,
+    };
+    release.stage(folder)?;
+    release.deb(folder, "1")
 }
 
 /// The time of the last commit, unless the environment says another.
@@ -251,7 +268,7 @@ fn reproduce(workspace: &Workspace, options: &Options, made: &Made) -> Result<()
 impl Release<'_> {
     /// Where the build leaves its program; what is packed is gathered in `package/` below.
     fn built(&self) -> PathBuf {
-        self.workspace.target.join(STATIC_TARGET).join("dist")
+        self.workspace.target.join(STATIC_TARGET).join(self.profile)
     }
 
     fn staged(&self) -> PathBuf {
@@ -266,7 +283,7 @@ impl Release<'_> {
             "build",
             "--locked",
             "--profile",
-            "dist",
+            self.profile,
             "--target",
             STATIC_TARGET,
             "-p",

@@ -115,7 +115,7 @@ impl Release<'_> {
             "--no-strip",
             "--locked",
             "--profile",
-            "dist",
+            self.profile,
             "--target",
             STATIC_TARGET,
             "--deb-revision",

@@ -10,10 +10,16 @@ use crate::{apt, talk, workspace::Workspace};
 /// Name and version. Neither changes without a look at what it then makes.
 const TOOLS: [(&str, &str); 2] = [("cargo-deb", "3.8.0"), ("cargo-cyclonedx", "0.5.9")];
 
-/// Makes sure that later commands find the tools.
-pub fn ensure(workspace: &Workspace) -> Result<()> {
+/// What makes the Debian package.
+pub const PACKER: &str = "cargo-deb";
+
+/// Makes sure that later commands find the tools, or those of them that are named.
+pub fn ensure(workspace: &Workspace, only: Option<&str>) -> Result<()> {
     let tools = workspace.tools();
     for (name, version) in TOOLS {
+        if only.is_some_and(|only| only != name) {
+            continue;
+        }
         let stamp = tools.join(format!("{name}.stamp"));
         let program = tools.join("bin").join(name);
         let ours = fs::read_to_string(&stamp).is_ok_and(|text| text.trim() == version);

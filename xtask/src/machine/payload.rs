@@ -13,7 +13,7 @@ use xshell::cmd;
 
 use super::verdict;
 use crate::{
-    apt, build,
+    apt, build, dist,
     report::{Outcome, Verdict},
     talk,
     workspace::Workspace,
@@ -21,8 +21,6 @@ use crate::{
 
 /// The mark of the README's blocks that are run word for word.
 const MARK: &str = "```sh install";
-/// Of the package; the second one's is higher.
-const REVISION: &str = "1";
 /// What is added to the version of the second package.
 const HIGHER: &str = "+next1";
 /// Room besides the files.
@@ -38,7 +36,8 @@ pub struct Payload {
 
 /// Builds both packages and the disk.
 pub fn build(workspace: &Workspace, folder: &Path) -> Result<Payload> {
-    let package = dist::make(workspace, REVISION)?.deb;
+    let packed = tempfile::tempdir_in(folder).context("cannot make a folder to pack in")?;
+    let package = dist::package_for_tests(workspace, packed.path())?;
     let lint = lint(workspace, &package)?;
     let readme = workspace.root.join("README.md");
     let readme =
