@@ -50,7 +50,7 @@ pub fn attempt(command: &str) -> Result<Output> {
         )
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("LC_ALL", "C.UTF-8");
-    output_within(&mut shell, Duration::from_secs(120))
+    output_within(&mut shell, Duration::from_secs(200))
 }
 
 /// A property of a unit.
