@@ -71,9 +71,8 @@ pub fn cases() -> Vec<Case> {
             world.fences("raised, 0 agents in force")?;
             let mut actor = Actor::spawn(Some(&world.agent))?;
             refused(&mut actor, IN_V4, IN_V6)?;
-            claim(Daemon::start(&world.place).is_err(), || {
-                "a daemon started on a floor that cannot be told".to_owned()
-            })?;
+            let said = world.place.remit(&["daemon"])?;
+            expect("exit code of a daemon without a floor", said.code, 1)?;
             world.fences("it stood already")?;
             refused(&mut actor, IN_V4, IN_V6)?;
 
@@ -83,12 +82,12 @@ pub fn cases() -> Vec<Case> {
         })
         .once(),
         Case::new("fence::the_watchdog_is_fed_while_all_goes_well", |ctx| {
-            let place = Place::lay(ctx, &Settings::default())?;
-            let mut daemon = Daemon::start(&place)?;
+            let world = World::lay(ctx)?;
+            let mut daemon = Daemon::start(&world.place)?;
             let fed = |daemon: &Daemon| daemon.heard("WATCHDOG=1", Duration::from_secs(3));
             expect("without a watchdog", fed(&daemon)?, 0)?;
             daemon.terminate()?;
-            let mut command = place.command(&["daemon"])?;
+            let mut command = world.place.command(&["daemon"])?;
             command.env("WATCHDOG_USEC", "10000000");
             daemon.launch_as(command, &[])?;
             daemon.await_ready()?;

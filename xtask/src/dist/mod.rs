@@ -227,7 +227,7 @@ fn reproduce(workspace: &Workspace, options: &Options, made: &Made) -> Result<()
     let place = tempfile::Builder::new()
         .prefix("remit-again-")
         .tempdir_in(&workspace.target)?;
-    let root = place.path().join("a checkout");
+    let root = place.path().join("another-checkout");
     fs::create_dir(&root)?;
     let shell = &workspace.shell;
     let list = cmd!(

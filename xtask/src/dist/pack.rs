@@ -53,6 +53,13 @@ impl Release<'_> {
         for (name, text) in self.pages()? {
             fs::write(man.join(name), text)?;
         }
+        let pages: Vec<PathBuf> = fs::read_dir(&man)?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        cmd!(shell, "gzip --no-name --best {pages...}")
+            .quiet()
+            .run()?;
         for (kind, name) in [("bash", "remit"), ("zsh", "_remit"), ("fish", "remit.fish")] {
             let script = cmd!(shell, "{program} completions {kind}")
                 .env("REMIT_CONFIG", none)
