@@ -14,6 +14,7 @@ mod daemon;
 mod evidence;
 mod harness;
 mod kernel;
+mod machine;
 mod names;
 mod never_open;
 mod proof;
@@ -37,6 +38,10 @@ fn main() -> ExitCode {
         ["bench-run", spec, unique] => bench::run(spec, unique),
         ["bench-user", effort] => bench::command(&["bench-user-run", effort]),
         ["bench-user-run", effort, unique] => bench::user::run(effort, unique),
+        ["machine"] => machine::drive(),
+        ["machine-agent", name] => machine::agent::serve(name),
+        ["machine-container", name] => machine::agent::contain(name),
+        ["machine-ear"] => machine::ear::serve(),
         ["now"] => bench::user::now(),
         ["bench-worker", cpu] => bench::worker::serve(cpu),
         ["--list"] => harness::list(&cases()),

@@ -85,6 +85,7 @@ fn help_lists_every_command() {
 
 const COMMANDS: &[&str] = &[
     "daemon",
+    "fence",
     "run",
     "check",
     "explain",
@@ -100,6 +101,7 @@ const COMMANDS: &[&str] = &[
     "reload",
     "reconcile",
     "doctor",
+    "init",
     "discover",
     "probe",
     "completions",
@@ -1021,6 +1023,56 @@ fn check_takes_bad_settings_for_an_answer() {
         "{}",
         stdout(&output)
     );
+}
+
+#[test]
+fn init_writes_a_first_entry_once() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let entry = folder.path().join("agents.d/coder.toml");
+    let init = |owner: &'static str| {
+        let further = [
+            "--approved-by",
+            "dave@example.com",
+            "--allow",
+            "198.51.100.7:443",
+        ];
+        remit(
+            &settings,
+            &[&["init", "coder", "--owner", owner], &further[..]].concat(),
+        )
+    };
+    // What would not compile is not written.
+    let refused = init("dave@example.com");
+    assert_eq!(code(&refused), 1, "{}", stderr(&refused));
+    assert!(
+        stderr(&refused).contains("coder.toml:"),
+        "{}",
+        stderr(&refused)
+    );
+    assert!(!entry.exists());
+
+    let written = init("alice@example.com");
+    assert_eq!(code(&written), 0, "{}", stderr(&written));
+    assert!(
+        stdout(&written).contains("active, monitored"),
+        "{}",
+        stdout(&written)
+    );
+    assert!(
+        stderr(&written).contains("remit reload"),
+        "{}",
+        stderr(&written)
+    );
+    let text = fs::read_to_string(&entry).unwrap();
+    assert!(text.contains("mode = \"monitor\""), "{text}");
+    assert_eq!(code(&remit(&settings, &["check"])), 0);
+
+    let again = init("eve@example.com");
+    assert_eq!(code(&again), 1);
+    assert_eq!(fs::read_to_string(&entry).unwrap(), text);
+    // Nobody can be asked here.
+    assert_eq!(code(&remit(&settings, &["init", "other"])), 2);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use crate::harness::Case;
 mod bad_registry;
 mod commands;
 pub mod faults;
+mod fence;
 mod flood;
 mod life;
 pub mod run;
@@ -19,6 +20,7 @@ pub fn cases() -> Vec<Case> {
         flood::cases(),
         run::cases(),
         succession::cases(),
+        fence::cases(),
     ];
     let once = once.into_iter().flatten().map(Case::once);
     let everywhere = everywhere.into_iter().flatten();

@@ -255,6 +255,21 @@ impl Daemon {
         )
     }
 
+    /// How often it tells the service manager `what` within this time.
+    pub fn heard(&self, what: &str, within: Duration) -> Result<usize> {
+        let manager = self.manager.as_ref().context("no daemon was started")?;
+        let until = Instant::now() + within;
+        let mut buffer = [0; 4096];
+        let mut times = 0;
+        while Instant::now() < until {
+            if let Ok(length) = manager.recv(&mut buffer) {
+                let said = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
+                times += said.lines().filter(|line| *line == what).count();
+            }
+        }
+        Ok(times)
+    }
+
     /// Its place.
     pub fn place(&self) -> &Place {
         &self.place

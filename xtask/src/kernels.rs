@@ -187,13 +187,27 @@ fn version_key(package: &str) -> Vec<u64> {
 }
 
 /// A Debian mirror.
-struct Mirror {
+pub struct Mirror {
     uri: String,
 }
 
 impl Mirror {
+    /// One line of apt's sources for `suite`. Debian's keys are there afterwards.
+    pub fn line(&self, shell: &Shell, suite: &str) -> Result<String> {
+        if !Path::new(KEYRING).exists() {
+            talk::note(&format!(
+                "{KEYRING} is missing; it holds Debian's signing keys"
+            ));
+            apt::install(shell, &["debian-archive-keyring"])?;
+        }
+        let uri = &self.uri;
+        Ok(format!(
+            "deb [signed-by={KEYRING} arch=amd64] {uri} {suite} main"
+        ))
+    }
+
     /// The mirror that the machine itself uses, or the one that the environment names.
-    fn find() -> Result<Self> {
+    pub fn find() -> Result<Self> {
         if let Ok(uri) = env::var(MIRROR_VARIABLE) {
             return Ok(Self { uri });
         }
@@ -330,23 +344,15 @@ impl<'a> PrivateApt<'a> {
         if !apt::on_path(shell, "apt-get") || !apt::on_path(shell, "dpkg-deb") {
             bail!("the kernels come as Debian packages and this machine has no apt-get");
         }
-        if !Path::new(KEYRING).exists() {
-            talk::note(&format!(
-                "{KEYRING} is missing; it holds Debian's signing keys"
-            ));
-            apt::install(shell, &["debian-archive-keyring"])?;
-        }
+        let source = mirror.line(shell, suite)?;
         let folder = workspace.vm().join("apt").join(suite);
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(part))
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let list = folder.join("sources.list");
-        let source = format!(
-            "deb [signed-by={KEYRING} arch=amd64] {} {suite} main\n",
-            mirror.uri
-        );
-        fs::write(&list, source).with_context(|| format!("cannot write {}", list.display()))?;
+        fs::write(&list, source + "\n")
+            .with_context(|| format!("cannot write {}", list.display()))?;
         let status = folder.join("status");
         fs::write(&status, "").with_context(|| format!("cannot write {}", status.display()))?;
         let folder = folder.display();

@@ -6,10 +6,12 @@ mod bpf_linker;
 mod build;
 mod ci;
 mod demo;
+mod dist;
 mod initramfs;
 mod kernels;
 mod layers;
 mod lint;
+mod machine;
 mod python;
 mod report;
 mod talk;
@@ -39,12 +41,14 @@ enum Command {
     Build,
     /// Build, then show an agent inside its scope and what it is refused
     Demo(demo::Options),
-    /// Boot Debian kernels in QEMU and run the kernel tests in each
+    /// Boot Debian kernels in QEMU and run the kernel tests in each, or whole Debian machines
     Vm(vm::Options),
     /// Run unit tests, the kernel tests on this host, and the same in a VM for each kernel
     Test(test::Options),
     /// Measure what Remit costs, beside no fence, empty programs and other designs
     Bench(bench::Options),
+    /// Make what is published: a static program, a .deb, a tarball, an SBOM, checksums
+    Dist(dist::Options),
     /// Check format, clippy, layering and names
     Lint,
     /// What CI runs: lint, then test
@@ -76,6 +80,7 @@ fn run(workspace: &Workspace, command: Command) -> Result<ExitCode> {
         Command::Vm(options) => vm::command(workspace, &options),
         Command::Test(options) => test::command(workspace, &options),
         Command::Bench(options) => bench::command(workspace, &options),
+        Command::Dist(options) => dist::command(workspace, &options),
         Command::Lint => lint::command(workspace).map(|()| ExitCode::SUCCESS),
         Command::Ci => ci::command(workspace),
         Command::DemoAgent(options) => demo::agent_command(&options),

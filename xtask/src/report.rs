@@ -93,9 +93,19 @@ pub enum End {
     TooLong(Duration),
 }
 
+/// What a test program that goes on after a new start asks for: `@@reboot`, `@@cut`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ask {
+    /// It ends by itself and is to be started again.
+    Reboot,
+    /// It is to be killed now, whatever it does, and started again.
+    Cut,
+}
+
 /// Follows a test program's output.
 #[derive(Debug, Default)]
 pub struct Listener {
+    asked: Option<Ask>,
     verdicts: Vec<Verdict>,
     running: Option<String>,
     done: Option<Sum>,
@@ -133,9 +143,16 @@ impl Listener {
                 Ok(sum) => self.done = Some(sum),
                 Err(error) => self.unreadable(line, &error),
             },
+            "reboot" => self.asked = Some(Ask::Reboot),
+            "cut" => self.asked = Some(Ask::Cut),
             _ => {}
         }
         None
+    }
+
+    /// What was asked for, once.
+    pub fn take_ask(&mut self) -> Option<Ask> {
+        self.asked.take()
     }
 
     /// The test that was started last and has not answered.

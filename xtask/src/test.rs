@@ -14,7 +14,7 @@ use clap::Args;
 use nix::unistd::geteuid;
 
 use crate::{
-    build, python,
+    build, machine, python,
     report::{self, Findings, Outcome, Place, State, Sum, Verdict},
     talk, vm,
     watch::{self, Limits, Show},
@@ -32,6 +32,8 @@ const OF_REAL_RUNS: [&str; 2] = [
     "lines_of_a_real_run_have_valid_forms_in_1_8",
 ];
 const HOST: &str = "host";
+/// The whole machines that are booted every time; what differs between suites is systemd's version.
+const MACHINES: [&str; 1] = ["bookworm"];
 /// One host test at a time says nothing, and none of them is emulated.
 const LIMITS: Limits = Limits {
     silence: Duration::from_secs(120),
@@ -47,6 +49,9 @@ pub struct Options {
     /// Boot no VM
     #[arg(long)]
     no_vm: bool,
+    /// Boot no whole machine with systemd; `cargo xtask vm --systemd` boots more of them
+    #[arg(long)]
+    no_systemd: bool,
     /// Print everything the tests say
     #[arg(long, short)]
     verbose: bool,
@@ -59,6 +64,7 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
         places.push(unit_tests(workspace, true)?);
         places.push(not_tested(HOST, "--quick"));
         places.extend(vm::not_tested("--quick"));
+        places.extend(machine::not_tested(&MACHINES, "--quick"));
     } else {
         build::set_up(workspace)?;
         places.push(unit_tests(workspace, false)?);
@@ -85,6 +91,10 @@ fn in_kernels(workspace: &Workspace, options: &Options, places: &mut Vec<Place>)
             ..not_tested(HOST, "")
         });
         places.extend(vm::not_tested("the kernel tests do not build"));
+        places.extend(machine::not_tested(
+            &MACHINES,
+            "the kernel tests do not build",
+        ));
         return Ok(());
     }
     places.push(host(workspace, options.verbose)?);
@@ -92,6 +102,17 @@ fn in_kernels(workspace: &Workspace, options: &Options, places: &mut Vec<Place>)
         places.extend(vm::not_tested("--no-vm"));
     } else {
         places.extend(vm::run(workspace, &vm::Options::all(options.verbose))?);
+    }
+    if options.no_vm || options.no_systemd {
+        let why = if options.no_vm {
+            "--no-vm"
+        } else {
+            "--no-systemd"
+        };
+        places.extend(machine::not_tested(&MACHINES, why));
+    } else {
+        let suites = MACHINES.map(str::to_owned);
+        places.extend(machine::run(workspace, &suites, options.verbose)?);
     }
     Ok(())
 }

@@ -22,13 +22,14 @@ use crate::{
     apt, build,
     initramfs::Archive,
     kernels::{self, Kernel, WANTED, Wanted},
+    machine,
     report::{self, Findings, Place, State},
     talk,
     watch::{self, Limits, Show},
     workspace::Workspace,
 };
 
-const QEMU: &str = "qemu-system-x86_64";
+pub const QEMU: &str = "qemu-system-x86_64";
 /// A test that says nothing for so long hangs, also on emulated processors of a busy machine.
 const SILENCE: Duration = Duration::from_secs(180);
 /// No kernel's tests take longer than this on emulated processors.
@@ -39,7 +40,7 @@ const FULL: Limits = Limits {
     whole: Duration::from_secs(6 * 3600),
 };
 /// Boots that are tried anew when the emulator failed.
-const RETRIES: usize = 2;
+pub const RETRIES: usize = 2;
 /// A test waits more than it works, so two VMs at a time end sooner than one after the other.
 const JOBS: NonZeroUsize = NonZeroUsize::new(2).unwrap();
 /// Ample for a kernel that runs on real processors to get as far as looking for its root.
@@ -72,6 +73,15 @@ pub struct Options {
     /// Boot this static program as the first process instead of the kernel tests
     #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
+    /// Boot whole Debian machines with systemd instead, and test the package there
+    #[arg(long, conflicts_with_all = ["kernel", "filter", "full", "list", "refresh", "mem", "init"])]
+    systemd: bool,
+    /// Boot only the machine of this suite: bookworm or trixie; may be given more than once
+    #[arg(long, value_name = "NAME", requires = "systemd")]
+    suite: Vec<String>,
+    /// Take the programs as the last build left them
+    #[arg(long)]
+    as_built: bool,
     /// Print the whole console
     #[arg(long, short)]
     verbose: bool,
@@ -89,6 +99,9 @@ impl Options {
             jobs: JOBS,
             mem: 1024,
             init: None,
+            systemd: false,
+            suite: Vec::new(),
+            as_built: false,
             verbose,
         }
     }
@@ -106,10 +119,14 @@ pub fn command(workspace: &Workspace, options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if options.init.is_none() {
+    if options.init.is_none() && !options.as_built {
         build::static_programs(workspace)?;
     }
-    let places = run(workspace, options)?;
+    let places = if options.systemd {
+        machine::run(workspace, &options.suite, options.verbose)?
+    } else {
+        run(workspace, options)?
+    };
     print!("{}", report::table(&places));
     let sum = report::total(&places);
     println!("{sum}");
@@ -257,7 +274,7 @@ impl Guest {
         };
         let limits = if options.full { &FULL } else { &lean };
         for retry in 0..=RETRIES {
-            let mut qemu = machine(&self.kernel, self.accelerator, options.mem);
+            let mut qemu = emulator(&self.kernel, self.accelerator, options.mem);
             qemu.arg("-initrd").arg(&self.initramfs);
             qemu.args([
                 "-append",
@@ -282,7 +299,7 @@ impl Guest {
 /// Whether the kernel died of an `int3` of its own. It patches code that runs (static keys) by way
 /// of a breakpoint, and emulated processors of several threads can run into one that is gone.
 /// Nothing in user space can cause it.
-fn emulator_failed(log: &Path) -> bool {
+pub fn emulator_failed(log: &Path) -> bool {
     fs::read(log).is_ok_and(|text| {
         let text = String::from_utf8_lossy(&text);
         text.contains("Oops: int3") && text.contains("Kernel panic")
@@ -313,8 +330,8 @@ fn initramfs(workspace: &Workspace, kernel: &Kernel, init: Option<&Path>) -> Res
     Ok(image)
 }
 
-/// QEMU with everything but the initramfs and the kernel's command line.
-fn machine(kernel: &Kernel, accelerator: Accelerator, mem: u32) -> Command {
+/// QEMU with everything but the initramfs, disks and the kernel's command line.
+pub fn emulator(kernel: &Kernel, accelerator: Accelerator, mem: u32) -> Command {
     let mut qemu = Command::new(QEMU);
     qemu.args(accelerator.arguments());
     qemu.args([
@@ -337,7 +354,7 @@ fn machine(kernel: &Kernel, accelerator: Accelerator, mem: u32) -> Command {
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Accelerator {
+pub enum Accelerator {
     Kvm,
     /// QEMU's own translation.
     Tcg,
@@ -353,7 +370,7 @@ impl Accelerator {
 
     /// KVM where a guest runs on it. A device that opens proves nothing (nested virtualisation
     /// may be off or broken), so a kernel is booted; the answer is kept for this host kernel.
-    fn find(folder: &Path, kernel: &Kernel) -> Result<Self> {
+    pub fn find(folder: &Path, kernel: &Kernel) -> Result<Self> {
         let host = nix::sys::utsname::uname().context("cannot tell this kernel's release")?;
         let host = host.release().to_string_lossy().into_owned();
         let cache = folder.join("accelerator");
@@ -379,7 +396,7 @@ impl Accelerator {
 
     /// Whether `kernel`, given no root at all, gets as far as to complain about it.
     fn kvm_boots(kernel: &Kernel) -> Result<bool> {
-        let mut qemu = machine(kernel, Self::Kvm, 512);
+        let mut qemu = emulator(kernel, Self::Kvm, 512);
         qemu.args(["-append", "console=ttyS0 panic=-1"]);
         qemu.stdin(Stdio::null())
             .stdout(Stdio::piped())

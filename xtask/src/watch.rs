@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    report::{End, Findings, Listener, Outcome},
+    report::{Ask, End, Findings, Listener, Outcome},
     talk::Progress,
 };
 
@@ -48,59 +48,126 @@ impl Drop for Guard {
 }
 
 /// Runs `command` to its end or to one of the `limits`.
-pub fn run(mut command: Command, limits: &Limits, show: &Show<'_>) -> Result<Findings> {
-    let mut log =
-        File::create(show.log).with_context(|| format!("cannot create {}", show.log.display()))?;
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let program = command.get_program().to_string_lossy().into_owned();
-    let child = command
-        .spawn()
-        .with_context(|| format!("cannot start {program}"))?;
-    let mut child = Guard(child);
-    let (sender, lines) = mpsc::channel();
-    let streams: [Option<Box<dyn Read + Send>>; 2] = [
-        child.0.stdout.take().map(|stream| Box::new(stream) as _),
-        child.0.stderr.take().map(|stream| Box::new(stream) as _),
-    ];
-    for stream in streams.into_iter().flatten() {
-        let sender = sender.clone();
-        // Never joined: a grandchild may hold the stream open after the program's end.
-        thread::spawn(move || forward(stream, &sender));
-    }
-    drop(sender);
+pub fn run(command: Command, limits: &Limits, show: &Show<'_>) -> Result<Findings> {
+    let mut session = Session::begin(limits, show)?;
+    let end = match session.listen(command)? {
+        Stop::End(end) => end,
+        Stop::Again => End::Exited {
+            bad: Some("a wish to be started again".to_owned()),
+        },
+    };
+    Ok(session.listener.finish(&end))
+}
 
-    let mut listener = Listener::default();
-    let progress = Progress::start(&format!("{}: starting", show.name));
-    let began = Instant::now();
-    let end = loop {
-        let left = limits.whole.saturating_sub(began.elapsed());
-        match lines.recv_timeout(limits.silence.min(left)) {
-            Ok(line) => {
-                writeln!(log, "{line}")
-                    .with_context(|| format!("cannot write {}", show.log.display()))?;
-                hear(&mut listener, &line, show, &progress);
-            }
-            Err(RecvTimeoutError::Timeout) if began.elapsed() >= limits.whole => {
-                break End::TooLong(limits.whole);
-            }
-            Err(RecvTimeoutError::Timeout) => match child.0.try_wait() {
-                // Ended, with the stream still held by something it left behind.
-                Ok(Some(status)) => break exited(status),
-                Ok(None) | Err(_) => break End::Silent(limits.silence),
-            },
-            Err(RecvTimeoutError::Disconnected) => {
-                let status = child
-                    .0
-                    .wait()
-                    .with_context(|| format!("cannot wait for {program}"))?;
-                break exited(status);
+/// Runs what `next` makes, to its end or to one of the `limits`, and anew each time that it asks
+/// for that, `most` times at most. Its report goes on over the starts.
+pub fn series(
+    mut next: impl FnMut() -> Command,
+    most: usize,
+    limits: &Limits,
+    show: &Show<'_>,
+) -> Result<Findings> {
+    let mut session = Session::begin(limits, show)?;
+    for _ in 0..most {
+        if let Stop::End(end) = session.listen(next())? {
+            return Ok(session.listener.finish(&end));
+        }
+    }
+    let bad = Some(format!("a wish for more than {most} starts"));
+    Ok(session.listener.finish(&End::Exited { bad }))
+}
+
+/// Why there is no more to hear of a program.
+enum Stop {
+    End(End),
+    /// It asked to be started anew, and has ended.
+    Again,
+}
+
+/// One report, over one start of its program or several.
+struct Session<'a> {
+    log: File,
+    listener: Listener,
+    progress: Progress,
+    began: Instant,
+    limits: &'a Limits,
+    show: &'a Show<'a>,
+}
+
+// === impl Session ===
+
+impl<'a> Session<'a> {
+    fn begin(limits: &'a Limits, show: &'a Show<'a>) -> Result<Self> {
+        let log = File::create(show.log)
+            .with_context(|| format!("cannot create {}", show.log.display()))?;
+        Ok(Self {
+            log,
+            listener: Listener::default(),
+            progress: Progress::start(&format!("{}: starting", show.name)),
+            began: Instant::now(),
+            limits,
+            show,
+        })
+    }
+
+    fn listen(&mut self, mut command: Command) -> Result<Stop> {
+        let (limits, show) = (self.limits, self.show);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {program}"))?;
+        let mut child = Guard(child);
+        let (sender, lines) = mpsc::channel();
+        let streams: [Option<Box<dyn Read + Send>>; 2] = [
+            child.0.stdout.take().map(|stream| Box::new(stream) as _),
+            child.0.stderr.take().map(|stream| Box::new(stream) as _),
+        ];
+        for stream in streams.into_iter().flatten() {
+            let sender = sender.clone();
+            // Never joined: a grandchild may hold the stream open after the program's end.
+            thread::spawn(move || forward(stream, &sender));
+        }
+        drop(sender);
+        let mut again = false;
+        let ended = |status, again| match again {
+            true => Stop::Again,
+            false => Stop::End(exited(status)),
+        };
+        loop {
+            let left = limits.whole.saturating_sub(self.began.elapsed());
+            match lines.recv_timeout(limits.silence.min(left)) {
+                Ok(line) => {
+                    writeln!(self.log, "{line}")
+                        .with_context(|| format!("cannot write {}", show.log.display()))?;
+                    hear(&mut self.listener, &line, show, &self.progress);
+                    match self.listener.take_ask() {
+                        Some(Ask::Cut) => return Ok(Stop::Again),
+                        Some(Ask::Reboot) => again = true,
+                        None => {}
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) if self.began.elapsed() >= limits.whole => {
+                    return Ok(Stop::End(End::TooLong(limits.whole)));
+                }
+                Err(RecvTimeoutError::Timeout) => match child.0.try_wait() {
+                    // Ended, with the stream still held by something it left behind.
+                    Ok(Some(status)) => return Ok(ended(status, again)),
+                    Ok(None) | Err(_) => return Ok(Stop::End(End::Silent(limits.silence))),
+                },
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = child
+                        .0
+                        .wait()
+                        .with_context(|| format!("cannot wait for {program}"))?;
+                    return Ok(ended(status, again));
+                }
             }
         }
-    };
-    Ok(listener.finish(&end))
+    }
 }
 
 fn exited(status: std::process::ExitStatus) -> End {
@@ -184,6 +251,40 @@ mod tests {
             findings.problems
         );
         assert!(began.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_report_goes_on_over_new_starts() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let mut scripts = [
+            r#"echo '@@start {"test":"t"}'; echo '@@cut'; exec sleep 60"#,
+            r#"echo '@@result {"test":"t","outcome":"passed"}'; echo '@@reboot'"#,
+            r#"echo '@@done {"passed":1,"failed":0,"not_tested":0}'"#,
+        ]
+        .into_iter();
+        let began = Instant::now();
+        let findings = series(
+            || {
+                let mut command = Command::new("sh");
+                command.args(["-c", scripts.next().unwrap()]);
+                command
+            },
+            3,
+            &Limits {
+                silence: Duration::from_secs(10),
+                whole: Duration::from_secs(20),
+            },
+            &Show {
+                name: "sh",
+                log: &log,
+                verbose: false,
+            },
+        )
+        .unwrap();
+        assert_eq!(findings.sum.passed, 1);
+        assert!(findings.problems.is_empty(), "{:?}", findings.problems);
+        assert!(began.elapsed() < Duration::from_secs(10), "it was not cut");
     }
 
     #[test]

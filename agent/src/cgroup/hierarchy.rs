@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::fs::{MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -138,7 +138,7 @@ impl Hierarchy {
     }
 
     /// The path of the cgroup with this id; none when there is no such cgroup (any more) below
-    /// the mount. It needs CAP_DAC_READ_SEARCH.
+    /// the mount. Without CAP_DAC_READ_SEARCH all of them are looked through.
     ///
     /// # Errors
     /// When the kernel refuses for another reason.
@@ -171,6 +171,7 @@ impl Hierarchy {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
                 Some(libc::ESTALE | libc::ENOENT) => Ok(None),
+                Some(libc::EPERM) => self.search(id),
                 _ => Err(Error::io("find by id in", &self.mount.point, error)),
             };
         };
@@ -179,6 +180,20 @@ impl Hierarchy {
         let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let target = fs::read_link(&link).map_err(|error| Error::io("read", link, error))?;
         Ok(self.path_below(&target))
+    }
+
+    /// The slow way of [`Self::path_of`]; what lies deeper than a walk goes is not found.
+    fn search(&self, id: u64) -> Result<Option<CgroupPath>, Error> {
+        let mut open = vec![CgroupPath::root()];
+        while let Some(path) = open.pop() {
+            if self.id(&path).is_ok_and(|found| found == id) {
+                return Ok(Some(path));
+            }
+            if path.depth() < WALK_DEPTH {
+                open.extend(self.children(&path)?.unwrap_or_default());
+            }
+        }
+        Ok(None)
     }
 
     /// Creates the cgroup and those above it that are missing. What was made is removed again
@@ -191,7 +206,15 @@ impl Hierarchy {
         for step in path.below(&CgroupPath::root()) {
             let directory = self.directory(&step);
             match fs::create_dir(&directory) {
-                Ok(()) => made.push(step),
+                Ok(()) => {
+                    made.push(step);
+                    // Whatever the umask: what runs inside reads its own limits there.
+                    let mode = fs::Permissions::from_mode(0o755);
+                    if let Err(error) = fs::set_permissions(&directory, mode) {
+                        self.undo(&made);
+                        return Err(Error::io("set the mode of cgroup", directory, error));
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => {
                     self.undo(&made);
@@ -364,6 +387,7 @@ mod tests {
             assert_eq!(hierarchy.level(&leaf).unwrap(), Some(leaf.depth()));
         }
         assert_eq!(hierarchy.path_of(created.id).unwrap(), Some(leaf.clone()));
+        assert_eq!(hierarchy.search(created.id).unwrap(), Some(leaf.clone()));
         assert_eq!(hierarchy.remove(&sandbox.child("a")).unwrap(), 2);
         assert_eq!(hierarchy.path_of(created.id).unwrap(), None);
         assert_eq!(hierarchy.remove(&sandbox.child("a")).unwrap(), 0);

@@ -21,7 +21,7 @@ use crate::{
         client::{Client, ClientError},
         protocol::{Code, Guarded, Myself},
     },
-    daemon,
+    daemon, launch,
 };
 
 /// Arguments of `remit guard`.
@@ -39,6 +39,8 @@ pub(super) struct Arguments {
 /// A cgroup that was just born is attributed within milliseconds; a daemon that restarts takes
 /// longer.
 const WAIT: Duration = Duration::from_secs(5);
+/// At a boot an agent's unit may start long before the daemon can; the unit waits here, fenced.
+const BOOT: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
@@ -53,13 +55,20 @@ pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Re
         (None, None) => return Err(Failure::usage("name a unit or a cgroup")),
     };
     let client = super::client(&settings)?.patient_for(WAIT);
-    let until = Instant::now() + WAIT;
+    let began = Instant::now();
+    // As `ExecStartPre`.
+    let boots = launch::is_managed() && arguments.unit.is_some() && inside.is_within(&wanted);
+    let no_daemon = if boots { BOOT } else { WAIT };
+    let mut answered = None;
     let guarded = loop {
-        let late = Instant::now() >= until;
         match ask(&client, &wanted, &inside) {
-            Ok(guarded) if is_settled(&guarded) || late => break guarded,
-            Ok(_) => {}
-            Err(Untold::NoDaemon(_)) if !late => {}
+            Ok(guarded) => {
+                let since: &mut Instant = answered.get_or_insert_with(Instant::now);
+                if is_settled(&guarded) || since.elapsed() >= WAIT {
+                    break guarded;
+                }
+            }
+            Err(Untold::NoDaemon(_)) if began.elapsed() < no_daemon => {}
             Err(Untold::NoDaemon(error)) => return Err(error.into()),
             Err(Untold::Final(failure)) => return Err(failure),
         }

@@ -13,8 +13,10 @@ mod explain_ask;
 mod explain_last;
 mod explain_name;
 mod explain_way;
+mod fence;
 mod format;
 mod guard;
+mod init;
 mod lifecycle;
 mod log;
 mod outcome;
@@ -73,6 +75,8 @@ struct Global {
 enum Command {
     /// Enforce the registry: load the fence, keep it true, write down what it refuses.
     Daemon(daemon::Arguments),
+    /// See to it that the fence stands, and end: for the boot, before the daemon.
+    Fence,
     /// Run a command as an agent, and exit as it does.
     Run(run::Arguments),
     /// Compile the registry offline and print the findings.
@@ -104,6 +108,8 @@ enum Command {
     Reconcile(reconcile::Arguments),
     /// Say whether this host can enforce, what is missing, and how an agent could get out.
     Doctor,
+    /// Take the first steps on a host: look at it, and write the entry of a first agent.
+    Init(init::Arguments),
     /// List processes outside every root that look like AI agents.
     Discover(discover::Arguments),
     /// Try the fence from inside an agent's cgroup.
@@ -148,6 +154,7 @@ impl Global {
         }
         match command {
             Command::Daemon(arguments) => daemon::run(self, &arguments),
+            Command::Fence => fence::run(self, &output),
             Command::Run(arguments) => run::run(self, arguments),
             Command::Check(arguments) => check::run(self, &arguments, &output),
             Command::Explain(arguments) => explain::run(self, &arguments, &output),
@@ -163,6 +170,7 @@ impl Global {
             Command::Reload(arguments) => reload::run(self, &arguments, &output),
             Command::Reconcile(arguments) => reconcile::run(self, &arguments, &output),
             Command::Doctor => doctor::run(self, &output),
+            Command::Init(arguments) => init::run(self, arguments, &output),
             Command::Discover(arguments) => discover::run(self, &arguments, &output),
             Command::Probe(arguments) => probe::run(self, &arguments, &output),
             Command::ProbeHelper => probe::help(),

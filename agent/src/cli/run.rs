@@ -11,13 +11,13 @@ use super::{
 };
 use crate::{
     audit::human,
-    cgroup::Hierarchy,
+    cgroup::{CgroupPath, Hierarchy},
     control::protocol::{RunGrant, RunRequest},
     daemon::{
         settings::{CgroupMount, Settings},
         standalone::Standalone,
     },
-    launch::{self, Launch, Options, Signals},
+    launch::{self, Child, Launch, Options, Scope, Signals},
 };
 
 /// Arguments of `remit run`.
@@ -111,6 +111,7 @@ fn alone(settings: &Settings, policy: PathBuf, launch: &Launch) -> Result {
 fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     let hierarchy = hierarchy(settings)?;
     let mut signals = Signals::catch()?;
+    let description = format!("Agent {agent}, by remit run");
     let grant: RunGrant = client(settings)?.post_json("/run", &RunRequest { agent })?;
     let cgroup = hierarchy.path_below(&grant.cgroup).with_context(|| {
         let (cgroup, mount) = (grant.cgroup.display(), hierarchy.mount().display());
@@ -123,11 +124,31 @@ fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     }
     let mut child = launch.spawn(&hierarchy, &cgroup)?;
     signals.forward_to(&child)?;
+    adopt(&mut child, &cgroup, &description)?;
     let exit = child.wait()?;
     // What the command left running stays fenced, and keeps its cgroup; then the daemon removes it
     // when it is empty.
     drop(hierarchy.remove(&cgroup));
     Ok(Outcome::Child(exit.code))
+}
+
+/// Makes the command's cgroup a scope of systemd's, where that is process 1 and the agent's selector
+/// leads to a place where a scope can be. It is fenced either way.
+fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<()> {
+    let Some(scope) = Scope::at(cgroup).filter(|_| launch::is_managed()) else {
+        return Ok(());
+    };
+    if let Err(error) = scope.adopt(child.pid(), description)
+        // One that has ended needs none.
+        && child.try_wait()?.is_none()
+    {
+        let why = format!("{:#}", anyhow::Error::from(error));
+        output::talk(format_args!(
+            "note: the command runs in a cgroup that systemd does not know: {}",
+            output::plain(&why)
+        ));
+    }
+    Ok(())
 }
 
 fn hierarchy(settings: &Settings) -> Result<Hierarchy> {

@@ -1,5 +1,7 @@
 //! `remit completions` and `remit man`: made out of the definitions, so they can't be out of date.
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use clap_complete::Shell;
 
@@ -20,9 +22,12 @@ pub(super) struct Completions {
 /// Arguments of `remit man`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Man {
-    /// The page of this command instead of the main one.
+    /// The page of this command instead of the main one: `status`, `log verify`.
     #[arg(value_name = "COMMAND")]
-    command: Option<String>,
+    command: Vec<String>,
+    /// Write the pages of all commands into a folder instead.
+    #[arg(long, value_name = "FOLDER", conflicts_with = "command")]
+    all: Option<PathBuf>,
 }
 
 pub(super) fn completions(arguments: &Completions, output: &Output) -> Result {
@@ -33,16 +38,20 @@ pub(super) fn completions(arguments: &Completions, output: &Output) -> Result {
 }
 
 pub(super) fn man(arguments: &Man, output: &Output) -> Result {
-    let mut all = definitions();
+    let mut page = definitions();
+    if let Some(folder) = &arguments.all {
+        clap_mangen::generate_to(page, folder)
+            .with_context(|| format!("cannot write pages into `{}`", folder.display()))?;
+        return Ok(Outcome::Yes);
+    }
     // Passes the global options on to the commands, and names their pages `remit-COMMAND`.
-    all.build();
-    let page = match &arguments.command {
-        None => all,
-        Some(name) => all.find_subcommand(name).cloned().ok_or_else(|| {
+    page.build();
+    for name in &arguments.command {
+        page = page.find_subcommand(name).cloned().ok_or_else(|| {
             Failure::usage(format!("there is no command `{name}`"))
                 .help("`remit --help` lists them")
-        })?,
-    };
+        })?;
+    }
     let mut text = Vec::new();
     clap_mangen::Man::new(page)
         .render(&mut text)

@@ -1,6 +1,6 @@
 //! The daemon's state and what it does to it: start, reload, attribution, settling, stop.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, sync::Arc};
 
 use agent_ebpf::abi::ABI_VERSION;
 use tokio::sync::mpsc;
@@ -12,8 +12,8 @@ use super::{
     differences::Seen,
     endings::Endings,
     evidence,
-    force::{self, Force, Stance},
-    keeping::clocks_before,
+    force::{Force, Stance},
+    ground::{Ground, Otherwise},
     laps::Laps,
     lock::RootLock,
     lookups::Lookups,
@@ -23,8 +23,7 @@ use super::{
     probe::Probing,
     reconcile::DriftBook,
     recorder::{Recorder, Sink},
-    registry,
-    settings::{CgroupMount, Containment, Settings},
+    settings::{CgroupMount, Settings},
     time::{Offset, wall_millis},
 };
 use crate::{
@@ -34,7 +33,7 @@ use crate::{
     },
     cgroup::{CgroupPath, Hierarchy, Selectors},
     dns::server::Request,
-    kernel::{self, ApplyError, Capacity, EMBEDDED, Enforcer, Image, Tuning, boot_nanos},
+    kernel::{self, Capacity, EMBEDDED, Enforcer, Image, Tuning, boot_nanos},
     policy::{self, UnixMillis},
     state::{Damage, Holds, Store},
 };
@@ -76,11 +75,6 @@ pub struct Core {
     laps: Laps,
     /// What the compiler remembers of the registry in force.
     pub(super) memory: policy::Memory,
-}
-
-/// At least the room that there is.
-fn larger(enforcer: &Enforcer, wanted: Capacity) -> Capacity {
-    enforcer.capacity().max(wanted)
 }
 
 /// The v2 mount that the settings name or that mountinfo has.
@@ -131,70 +125,23 @@ impl Core {
         settings: &Settings,
         options: &Options,
     ) -> Result<(Self, mpsc::Receiver<Request>), DaemonError> {
-        if settings.enforcement.containment == Containment::Require {
-            return Err(DaemonError::Containment);
-        }
-        let mut laps = Laps::start();
-        let hierarchy = hierarchy(settings)?;
-        let mut store = Store::open(&settings.paths.state, &settings.paths.registry);
-        let loaded = store.load(wall_millis());
-        let offset = Offset::resume(&clocks_before(loaded.clock.as_ref(), settings));
-        laps.done("state");
-        let files = registry::read(&settings.paths);
-        laps.done("files");
-        let whether = registry::names(settings);
-        let mut memory = policy::Memory::default();
-        let compiled = memory.compile(&files.sources, wall_millis(), whether);
-        laps.done("compile");
-        let enforcement = &settings.enforcement;
-        let force = force::start(
-            &files,
-            compiled,
-            loaded.registry.as_ref(),
-            &loaded.holds,
-            stance(settings),
-        )?;
-        laps.done("merge");
-        let (guard, lookups) = Names::start(settings, offset);
-        let mut images = force.images(&offset.clock());
-        let mut uses_names = false;
-        for image in &mut images {
-            if let Some(agent) = force.agents.get(&image.id) {
-                uses_names |= names::mark(&guard, &agent.tables, image);
-            }
-        }
-        laps.done("images");
-
-        let tuning = Tuning {
-            kernel_log: options.kernel_log,
-            events_per_second: settings.log.per_agent_rate,
-            accounts: settings.log.access.is_some(),
-        };
-        let capacity = capacity(settings, &images);
-        let mut roots = Vec::new();
-        for root in &enforcement.roots {
-            let path = CgroupPath::new(root).map_err(|why| DaemonError::Root(root.clone(), why))?;
-            hierarchy.create(&path)?;
-            roots.push(path);
-        }
-        let mut locks = Vec::new();
-        for root in &roots {
-            locks.push(RootLock::take(&hierarchy, root, &roots)?);
-        }
-        let mut enforcer =
-            Enforcer::open(&options.object, &settings.paths.bpffs, capacity, &tuning)?;
-        laps.done("load");
-        let adopted = enforcer.born_before_us();
-        enforcer.guard_names(uses_names)?;
+        let Ground {
+            hierarchy,
+            roots,
+            locks,
+            store,
+            loaded,
+            offset,
+            force,
+            names: guard,
+            lookups,
+            enforcer,
+            adopted,
+            began,
+            mut laps,
+            memory,
+        } = Ground::lay(settings, options, Otherwise::Fail)?;
         let mut meter = Meter::default();
-        let began = Instant::now();
-        match enforcer.apply(&images) {
-            Err(ApplyError::Full { .. }) if enforcer.capacity() != larger(&enforcer, capacity) => {
-                enforcer.outgrow(&images, larger(&enforcer, capacity))?;
-            }
-            applied => drop(applied?),
-        }
-        laps.done("tables");
         meter.applied(began);
 
         let limits = Limits {
@@ -460,8 +407,9 @@ impl Core {
         self.unguarded(&unguarded);
     }
 
-    /// Whether records came in within the last second, or are likely to. Then there may be more without a wake-up: a
-    /// CPU wakes the daemon at most once a millisecond. The first after a pause always does.
+    /// Whether records came in within the last second, or are likely to. Then there may be more
+    /// without a wake-up: a CPU wakes the daemon at most once a millisecond. The first after a pause
+    /// always does.
     pub fn hears(&self) -> bool {
         self.recorder.heard_within(SETTLE_EVERY) || self.access.is_busy()
     }

@@ -21,8 +21,10 @@ mod differences;
 mod endings;
 mod evidence;
 mod explaining;
+pub mod fence;
 mod files;
 pub mod force;
+mod ground;
 mod keeping;
 mod laps;
 mod leased;
@@ -33,6 +35,7 @@ mod metering;
 mod myself;
 mod names;
 mod naming;
+mod placing;
 mod posture;
 mod probe;
 mod reconcile;
@@ -46,6 +49,7 @@ pub mod settings;
 pub mod standalone;
 mod time;
 mod watch;
+mod watchdog;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -58,7 +62,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use self::{core::Core, files::Files, settings::Settings};
+use self::{core::Core, files::Files, settings::Settings, watchdog::Watchdog};
 use crate::{
     audit::{LogError, TrailError, mask::PatternError},
     cgroup::{self, Watcher},
@@ -122,6 +126,9 @@ pub enum DaemonError {
     /// Selectors of the registry.
     #[error(transparent)]
     Selectors(#[from] cgroup::SelectorError),
+    /// A fence that does not read back as it should.
+    #[error("the fence does not stand: {0}")]
+    Fence(String),
     /// The kernel's verdict is not memory's.
     #[error("self-test: {0}; nothing is declared ready on such grounds")]
     SelfTest(String),
@@ -241,6 +248,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         warn!(message = "The service manager could not be told.", %error);
     }
     info!(message = "Enforcing.", revision = core.revision());
+    let mut watchdog = Watchdog::start();
 
     let reason = loop {
         let mut selectors = None;
@@ -280,6 +288,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
                 if core.settle() {
                     selectors = Some(core.selectors());
                 }
+                watchdog.feed(&core, &[("control server", server.is_finished())]);
             }
             _ = reconcile.tick() => {
                 core.mend();

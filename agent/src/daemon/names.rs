@@ -178,6 +178,11 @@ impl Names {
         self.doors.len()
     }
 
+    /// Whether somebody listens at each endpoint.
+    pub fn is_serving(&self) -> bool {
+        self.doors.values().all(|door| door.endpoint.is_served())
+    }
+
     /// Whether an agent has an endpoint.
     pub fn serves(&self, agent: u32) -> bool {
         self.doors.keys().any(|(of, _)| *of == agent)

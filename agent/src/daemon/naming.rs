@@ -90,7 +90,7 @@ impl Core {
 
     /// Opens what endpoints are missing, of `only` these agents or of all, and closes those that
     /// nobody needs.
-    fn tend_endpoints(&mut self, only: Option<&BTreeSet<u32>>) {
+    pub(super) fn tend_endpoints(&mut self, only: Option<&BTreeSet<u32>>) {
         let named: BTreeSet<u32> = self.named().into_iter().map(|(agent, _)| agent).collect();
         let places = self.claims.iter().filter(|(_, (_, claimant))| {
             named.contains(claimant) && only.is_none_or(|only| only.contains(claimant))

@@ -21,7 +21,7 @@ use crate::{
 /// A loop that has not come round for so long is no longer live: the interval of a comparison, so
 /// that nothing stands longer than that without a word. The loops themselves come round after 5 ms
 /// and a second; the rest is for a reload that takes its time.
-const STALE: Duration = Duration::from_secs(5);
+pub(super) const STALE: Duration = Duration::from_secs(5);
 /// Lost records are told for so long after the last one.
 const LOST_FOR: Duration = Duration::from_secs(60);
 

@@ -1,6 +1,9 @@
 //! A cgroup for `remit run --agent`.
 
-use super::core::{Core, boot_now};
+use super::{
+    core::{Core, boot_now},
+    placing::place_by,
+};
 use crate::{
     cgroup::CgroupPath,
     control::protocol::{Code, Refusal, RunGrant, RunRequest},
@@ -56,21 +59,10 @@ impl Core {
         })
     }
 
-    /// A new cgroup that one of the agent's selectors claims: a child of a plain path, or a glob
-    /// with its stars filled in.
+    /// A new cgroup that one of the agent's selectors claims.
     fn place_for(&self, tables: &AgentTables, serial: u64) -> Option<CgroupPath> {
         tables.selectors.iter().find_map(|selector| {
-            let plain = !selector.contains(['*', '?', '[', '{']);
-            let path = if plain {
-                format!("{selector}/run-{serial}.scope")
-            } else if selector.contains(['?', '[', '{']) {
-                return None;
-            } else {
-                selector
-                    .replace("**", "*")
-                    .replace('*', &format!("run-{serial}"))
-            };
-            let path = CgroupPath::new(path).ok()?;
+            let path = CgroupPath::new(place_by(selector, serial)?).ok()?;
             self.roots
                 .iter()
                 .any(|root| path.is_within(root) && path != *root)

@@ -21,6 +21,7 @@
 
 mod child;
 mod program;
+mod scope;
 mod signals;
 mod stdio;
 mod terminal;
@@ -48,6 +49,7 @@ use crate::cgroup::{self, CgroupPath, Hierarchy};
 pub use child::Step;
 use child::{Joining, Plan};
 pub use program::Program;
+pub use scope::{Scope, is_managed};
 pub use signals::Signals;
 pub use stdio::StdioError;
 pub use user::{Account, User, UserError};

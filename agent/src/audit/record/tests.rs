@@ -334,6 +334,9 @@ fn a_container_is_told_by_its_cgroup() {
     let id = "0123456789abcdef".repeat(4);
     for path in [
         format!("/system.slice/docker-{id}.scope"),
+        // `--cgroup-parent=agents.slice`, by Docker and by Podman, and what a container starts below.
+        format!("/agents.slice/docker-{id}.scope"),
+        format!("/agents.slice/libpod-{id}.scope/container/init.scope"),
         format!("/agents.slice/x/{id}"),
         format!("/kubepods.slice/kubepods-pod1.slice/cri-containerd-{id}.scope/inner"),
     ] {

@@ -72,6 +72,46 @@ fn the_documented_defaults_are_the_defaults() {
 }
 
 #[test]
+fn the_packaged_file_says_every_default() {
+    // These have no default that could be written.
+    const WITHOUT: [&str; 7] = [
+        "otlp",
+        "signing_key",
+        "mask",
+        "agents",
+        "prefixes",
+        "addresses",
+        "rule_sets",
+    ];
+    let text = include_str!("../../../package/remit.toml");
+    assert_eq!(Settings::parse("x", text).unwrap(), Settings::default());
+    let mut keys = 0;
+    let said: Vec<String> = text
+        .lines()
+        .map(|line| {
+            match line
+                .strip_prefix('#')
+                .map(|rest| (rest, rest.split_once(" = ")))
+            {
+                Some((rest, Some((key, _)))) if !key.contains(' ') => {
+                    if WITHOUT.contains(&key) {
+                        return String::new();
+                    }
+                    keys += 1;
+                    rest.to_owned()
+                }
+                _ => line.to_owned(),
+            }
+        })
+        .collect();
+    assert_eq!(
+        Settings::parse("x", &said.join("\n")).unwrap(),
+        Settings::default()
+    );
+    assert_eq!(keys, 30, "{said:#?}");
+}
+
+#[test]
 fn every_key_can_be_set() {
     let text = r#"
         paths = { run = "/tmp/r", cgroup = "/sys/fs/cgroup/unified" }

@@ -313,6 +313,13 @@ impl Server {
     }
 }
 
+impl Endpoint {
+    /// Whether somebody listens at each of its sockets.
+    pub fn is_served(&self) -> bool {
+        !self.tasks.iter().any(JoinHandle::is_finished)
+    }
+}
+
 impl Drop for Endpoint {
     fn drop(&mut self) {
         for task in &self.tasks {

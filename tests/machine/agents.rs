@@ -1,0 +1,178 @@
+//! Agents in the forms that systemd and containers give them: a unit with the two lines, a scope, a
+//! container's nested cgroup.
+
+use std::{fs, thread::sleep, time::Duration};
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    Step,
+    agent::Counts,
+    system::{
+        Beside, PROGRAM, SLICE, Setup, accounted, agent_unit, attempt, fenced, in_scope_passes,
+        logged, property, register, sh, silent, sum,
+    },
+};
+use crate::support::{claim, eventually, expect};
+
+/// Sixty-four digits, as Docker names a container.
+const CONTAINER: &str = "5d2b3ee7a0c14f6aa1d0d2f1c7b8e9f00123456789abcdef0123456789abcdef";
+
+pub(super) fn steps() -> Vec<Step> {
+    vec![
+        Step::Case("a_unit_with_two_lines_is_fenced_and_passes", a_unit),
+        Step::Case(
+            "guard_keeps_a_unit_from_starting_that_nobody_registered",
+            unguarded,
+        ),
+        Step::Case("a_scope_is_fenced_and_passes", a_scope),
+        Step::Case(
+            "a_container_below_its_scope_is_fenced_and_passes",
+            a_container,
+        ),
+        Step::Case("remit_run_makes_a_scope_that_systemd_knows", a_run),
+    ]
+}
+
+fn a_unit() -> Result<String> {
+    register("unit-agent", &[])?;
+    let setup = Setup {
+        sliced: true,
+        guarded: true,
+        early: false,
+    };
+    agent_unit("unit-agent", setup)?;
+    sh("systemctl daemon-reload && systemctl start unit-agent.service")?;
+    let invocation = property("unit-agent.service", "InvocationID")?;
+    in_scope_passes("unit-agent")?;
+    let counts = fenced("unit-agent")?;
+    // The guard had waited for the daemon to know the unit, so it was never a stranger.
+    for lane in counts.side(false) {
+        claim(lane.refused == 0 && lane.other == 0, || {
+            format!("in scope, behind the guard: {lane:?}")
+        })?;
+    }
+    sh("systemctl stop unit-agent.service")?;
+    let counts = Counts::read("unit-agent")?;
+    silent("unit-agent")?;
+    let refused = sum(counts.side(true), |lane| lane.refused);
+    let lines = accounted("unit-agent", refused)?;
+    for hook in ["connect4", "connect6", "egress"] {
+        claim(
+            lines.iter().any(|line| line.text("/unmapped/hook") == hook),
+            || format!("no line of {hook}"),
+        )?;
+    }
+    let line = lines.last().context("no line")?;
+    let path = format!("{SLICE}/unit-agent.service");
+    expect("its cgroup", line.text("/unmapped/cgroup"), path.as_str())?;
+    expect(
+        "its program",
+        line.text("/actor/process/file/path"),
+        PROGRAM,
+    )?;
+    // Only a daemon with more capabilities can read it.
+    let told = line.text("/unmapped/invocation_id");
+    claim(told.is_empty() || told == invocation, || {
+        format!("the start {invocation} of the unit is told as {told}")
+    })?;
+    Ok(format!(
+        "{refused} attempts out of scope, all refused, all in the log"
+    ))
+}
+
+fn unguarded() -> Result<String> {
+    let setup = Setup {
+        sliced: true,
+        guarded: true,
+        early: false,
+    };
+    agent_unit("nobodys", setup)?;
+    sh("systemctl daemon-reload")?;
+    let said = attempt("systemctl start nobodys.service")?;
+    claim(said.code != 0, || {
+        "a unit that no agent claims was started".to_owned()
+    })?;
+    claim(Counts::read("nobodys").is_err(), || {
+        "its program ran".to_owned()
+    })?;
+    Ok(String::new())
+}
+
+/// Runs `PROGRAM FORM NAME` in a scope of the slice until it has shown itself, then ends the scope.
+fn in_scope_unit(name: &str, scope: &str, options: &str, form: &str) -> Result<Counts> {
+    let running = Beside::start(&format!(
+        "systemd-run --quiet --scope --slice=agents.slice --unit={scope} {options} \
+         {PROGRAM} {form} {name}"
+    ))?;
+    eventually(10, || Counts::read(name).map(drop))?;
+    in_scope_passes(name)?;
+    let pid = fenced(name)?.pid;
+    let inside = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    claim(inside.contains(&format!("{SLICE}/{scope}")), || {
+        format!("{name} runs in {inside}")
+    })?;
+    sh(&format!("systemctl stop {scope}"))?;
+    running.end(10)?;
+    silent(name)?;
+    Counts::read(name)
+}
+
+fn a_scope() -> Result<String> {
+    register("scope-agent", &["/agents.slice/scope-agent.scope"])?;
+    let counts = in_scope_unit("scope-agent", "scope-agent.scope", "", "machine-agent")?;
+    // Before the daemon knew the scope it was nobody's, and refused as well.
+    let refused = sum(counts.side(true), |lane| lane.refused);
+    let (before, _) = logged("unregistered")?;
+    accounted("scope-agent", refused.saturating_sub(before))?;
+    Ok(format!("{refused} attempts out of scope, all refused"))
+}
+
+fn a_container() -> Result<String> {
+    register("container-agent", &["/agents.slice/docker-*.scope"])?;
+    let scope = format!("docker-{CONTAINER}.scope");
+    in_scope_unit(
+        "container-agent",
+        &scope,
+        "-p Delegate=yes",
+        "machine-container",
+    )?;
+    let lines = accounted("container-agent", 1)?;
+    let line = lines.last().context("no line")?;
+    let path = format!("{SLICE}/{scope}/container");
+    expect("its cgroup", line.text("/unmapped/cgroup"), path.as_str())?;
+    expect(
+        "its container",
+        line.text("/unmapped/container_id"),
+        CONTAINER,
+    )?;
+    // Its cgroups are systemd's again.
+    sleep(Duration::from_millis(200));
+    let left = fs::metadata(format!("/sys/fs/cgroup{SLICE}/{scope}")).is_ok();
+    expect("its cgroup, after its end", left, false)?;
+    Ok(String::new())
+}
+
+fn a_run() -> Result<String> {
+    register("runner", &["/agents.slice/runner-*.scope"])?;
+    let running = Beside::start(&format!(
+        "/usr/bin/remit run --agent runner -- {PROGRAM} machine-agent runner"
+    ))?;
+    eventually(10, || Counts::read("runner").map(drop))?;
+    in_scope_passes("runner")?;
+    let pid = fenced("runner")?.pid;
+    let inside = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let scope = inside.trim().rsplit('/').next().unwrap_or_default();
+    claim(inside.contains(SLICE) && scope.ends_with(".scope"), || {
+        format!("it runs in {inside}")
+    })?;
+    expect(
+        "the scope",
+        property(scope, "ActiveState")?.as_str(),
+        "active",
+    )?;
+    sh(&format!("systemctl stop {scope}"))?;
+    running.end(10)?;
+    silent("runner")?;
+    Ok(format!("systemd knows it as {scope}"))
+}
