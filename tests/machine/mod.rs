@@ -89,10 +89,10 @@ fn go_on() -> Result<()> {
         match step {
             Step::Case(name, run) => case(&mut state, name, *run, false)?,
             Step::Foundation(name, run) => case(&mut state, name, *run, true)?,
+            // Nothing that follows is tested.
+            Step::Reboot(_) | Step::Cut(_) if state.broken.is_some() => {}
             Step::Reboot(change) => {
-                if state.broken.is_none()
-                    && let Err(error) = change()
-                {
+                if let Err(error) = change() {
                     state.broken = Some(format!("a new boot could not be prepared: {error:#}"));
                     state.failed += 1;
                     report("preparation", "failed", &format!("{error:#}"), 0);
@@ -105,9 +105,7 @@ fn go_on() -> Result<()> {
             }
             Step::Cut(run) => {
                 state.write()?;
-                if state.broken.is_none() {
-                    run()?;
-                }
+                run()?;
                 console("@@cut");
                 sleep(Duration::from_secs(300));
                 bail!("the power did not go");
