@@ -423,8 +423,10 @@ mod tests {
             .spawn()
             .unwrap();
         let record = || ProcessInfo::from_record(child.id(), b"sleep", None, Witness::Current);
-        let mut processes = Processes::default();
-        processes.fresh = Duration::ZERO;
+        let mut processes = Processes {
+            fresh: Duration::ZERO,
+            ..Processes::default()
+        };
         // Until it has executed: a fork still has our own name.
         let alive = std::iter::repeat_with(|| processes.enrich(record()))
             .find(|found| {

@@ -240,8 +240,8 @@ impl Names {
         Ok(())
     }
 
-    /// Closes an agent's endpoint in the guard's own network namespace.
-    pub fn close_own(&mut self, enforcer: &mut Enforcer, agent: u32) {
+    /// Closes an agent's endpoint in the network namespace of this process.
+    pub(super) fn close_own(&mut self, enforcer: &mut Enforcer, agent: u32) {
         if let Some(own) = Netns::of(OWN) {
             self.close(enforcer, (agent, own));
         }

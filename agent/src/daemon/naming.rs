@@ -117,11 +117,6 @@ impl Core {
         }
     }
 
-    /// Closes an agent's endpoint in the daemon's own network namespace.
-    pub(super) fn close_own_endpoint(&mut self, agent: u32) {
-        self.names.close_own(&mut self.enforcer, agent);
-    }
-
     /// Once a second.
     pub(super) fn tend_names(&mut self) {
         if let Some(server) = self.names.server() {

@@ -353,12 +353,7 @@ fn curves(
     }
     for at in &places {
         let style = format!(r#"fill="{GREY}""#);
-        svg.text(
-            (place(*at), bottom + 16.0),
-            "middle",
-            &style,
-            &short(*at),
-        );
+        svg.text((place(*at), bottom + 16.0), "middle", &style, &short(*at));
     }
     if let Some(point) = points.first() {
         let middle = f64::midpoint(left, right);
