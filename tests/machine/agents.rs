@@ -57,7 +57,7 @@ fn a_unit() -> Result<String> {
     silent("unit-agent")?;
     let refused = sum(counts.side(true), |lane| lane.refused);
     let lines = accounted("unit-agent", refused)?;
-    for hook in ["connect4", "connect6", "egress"] {
+    for hook in ["cgroup/connect4", "cgroup/connect6", "cgroup_skb/egress"] {
         claim(
             lines.iter().any(|line| line.text("/unmapped/hook") == hook),
             || format!("no line of {hook}"),
