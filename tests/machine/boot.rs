@@ -172,7 +172,8 @@ fn cut() -> Result<String> {
 
 fn broken_fence() -> Result<String> {
     let state = property("remit-fence.service", "ActiveState")?;
-    expect("the broken fence", state.as_str(), "failed")?;
+    // A daemon that is started again and again tries the fence again as well.
+    claim(state != "active", || format!("the broken fence is {state}"))?;
     twin_was_heard()?;
     for name in [EARLY, HASTY, GUARDED] {
         never_ran(name)?;
