@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    fs,
     io::Read as _,
     net::{SocketAddr, TcpListener},
 };
@@ -172,7 +173,11 @@ fn ends_with_its_guard(ctx: &Ctx) -> Result<()> {
     let pid = Pid::from_raw(i32::try_from(actor.must(&Op::Pid)?)?);
     let remit = Pid::from_raw(i32::try_from(actor.pid())?);
     kill(remit, Signal::SIGKILL)?;
-    eventually(3, || claim(!alive(remit), || "alive".to_owned()))?;
+    // Its first thread may be gone before that which holds the guard's sockets.
+    let threads = || fs::read_dir(format!("/proc/{remit}/task")).map_or(0, Iterator::count);
+    eventually(3, || {
+        claim(!alive(remit) && threads() <= 1, || "alive".to_owned())
+    })?;
     for manner in [Manner::Unconnected, Manner::Connected, Manner::Tcp] {
         // Its command may end with it.
         match lookup(&mut actor, libc::AF_INET, manner, RESOLVER_V4, NAME, A) {

@@ -32,7 +32,8 @@ const OF_REAL_RUNS: [&str; 2] = [
     "lines_of_a_real_run_have_valid_forms_in_1_8",
 ];
 const HOST: &str = "host";
-/// The whole machines that are booted every time; what differs between suites is systemd's version.
+/// The whole machines that are booted when asked for; what differs between suites is systemd's
+/// version.
 const MACHINES: [&str; 1] = ["bookworm"];
 /// One host test at a time says nothing, and none of them is emulated.
 const LIMITS: Limits = Limits {
@@ -49,9 +50,9 @@ pub struct Options {
     /// Boot no VM
     #[arg(long)]
     no_vm: bool,
-    /// Boot no whole machine with systemd; `cargo xtask vm --systemd` boots more of them
+    /// Also boot a whole machine with systemd, as `cargo xtask vm --systemd` does
     #[arg(long)]
-    no_systemd: bool,
+    systemd: bool,
     /// Print everything the tests say
     #[arg(long, short)]
     verbose: bool,
@@ -103,11 +104,11 @@ fn in_kernels(workspace: &Workspace, options: &Options, places: &mut Vec<Place>)
     } else {
         places.extend(vm::run(workspace, &vm::Options::all(options.verbose))?);
     }
-    if options.no_vm || options.no_systemd {
+    if options.no_vm || !options.systemd {
         let why = if options.no_vm {
             "--no-vm"
         } else {
-            "--no-systemd"
+            "without --systemd"
         };
         places.extend(machine::not_tested(&MACHINES, why));
     } else {
