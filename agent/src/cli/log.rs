@@ -298,41 +298,59 @@ fn print_accounting(accounting: &Accounting, output: &Output) -> Result<()> {
 }
 
 /// The sums of the violation log beside the kernel's counters, asked until they agree or the log
-/// has had time to catch up. None where no daemon answers.
+/// has had time to catch up with what was counted at first. None where no daemon answers.
 fn accounting(global: &Global, settings: &Settings) -> Result<Option<Accounting>> {
     let client = global.client()?;
     let path = settings.paths.log.join(LogName::Violations.file());
     let begun = Instant::now();
+    let counted = || match client.get::<Status>("/status") {
+        Ok(status) => Some((status.counted_since_ms, counters(&status))),
+        Err(error) => {
+            output::talk(format_args!(
+                "accounting not tested: no daemon answers ({error})"
+            ));
+            None
+        }
+    };
+    let Some(mut before) = counted() else {
+        return Ok(None);
+    };
     loop {
-        let status: Status = match client.get("/status") {
-            Ok(status) => status,
-            Err(error) => {
-                output::talk(format_args!(
-                    "accounting not tested: no daemon answers ({error})"
-                ));
-                return Ok(None);
-            }
-        };
-        let Some(since) = status.counted_since_ms else {
+        let Some(since) = before.0 else {
             return Ok(Some(Accounting::not_compared(
                 "the daemon does not say since when the kernel counts",
             )));
         };
-        let counters = status.agents.iter().map(|agent| Counters {
-            agent: agent.id.clone(),
-            denied: agent.denied,
-            monitored: agent.monitored,
-            by_reason: agent.by_reason.clone(),
-        });
-        let counters: Vec<_> = counters.collect();
         let sums = written_since(&path, since).context("cannot read the violations")?;
         let first = first_time(&path)?;
-        let accounting = compare(&counters, &sums, first.is_some_and(|first| first > since));
-        if accounting.differences.is_empty() || begun.elapsed() > CATCH_UP {
-            return Ok(Some(accounting));
+        let Some(after) = counted() else {
+            return Ok(None);
+        };
+        if after.0 == before.0 {
+            let cut = first.is_some_and(|first| first > since);
+            let accounting = compare(&before.1, &after.1, &sums, cut);
+            if accounting.differences.is_empty() || begun.elapsed() > CATCH_UP {
+                return Ok(Some(accounting));
+            }
+        } else if begun.elapsed() > CATCH_UP {
+            return Ok(Some(Accounting::not_compared(
+                "the kernel's counters were made anew meanwhile",
+            )));
+        } else {
+            before = after;
         }
         thread::sleep(Duration::from_millis(500));
     }
+}
+
+fn counters(status: &Status) -> Vec<Counters> {
+    let counters = status.agents.iter().map(|agent| Counters {
+        agent: agent.id.clone(),
+        denied: agent.denied,
+        monitored: agent.monitored,
+        by_reason: agent.by_reason.clone(),
+    });
+    counters.collect()
 }
 
 /// When the oldest line of a log was written; none where files before it were removed by nobody,
