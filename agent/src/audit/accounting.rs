@@ -177,7 +177,8 @@ mod tests {
 
     #[test]
     fn what_is_counted_while_the_log_is_read_may_be_in_it() {
-        for (before, after, fits) in [(9, 12, true), (7, 10, true), (11, 12, false), (6, 9, false)] {
+        for (before, after, fits) in [(9, 12, true), (7, 10, true), (11, 12, false), (6, 9, false)]
+        {
             let accounting = compare(&counters(before), &counters(after), &sums(), false);
             assert_eq!(accounting.differences.is_empty(), fits, "{before} {after}");
         }
