@@ -99,7 +99,8 @@ pub fn compare(before: &[Counters], after: &[Counters], sums: &Sums, cut: bool) 
         for (what, least, most, logged) in rows {
             let counted = if logged < least { least } else { most };
             let is_within = (least..=most).contains(&logged);
-            if !is_within && !(cut && logged < least) {
+            let is_excused = cut && logged < least;
+            if !is_within && !is_excused {
                 accounting.differences.push(Difference {
                     agent: after.agent.clone(),
                     what,
