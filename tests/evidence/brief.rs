@@ -53,15 +53,24 @@ pub fn cases() -> Vec<Case> {
             let told = told(&fx)?;
             let all = told.named + told.nameless;
             expect("processes named or summed up", all, u64::from(count))?;
-            // Where the daemon gets no processor in time, records are summed up by kind.
+            // What is only summed up says where its details were lost.
+            claim(told.unexplained == 0, || {
+                format!(
+                    "{} attempts without a process or a reason",
+                    told.unexplained
+                )
+            })?;
             claim(told.named * 10 >= u64::from(count) * 8, || {
-                format!("{} of {count} are only summed up", told.nameless)
+                format!(
+                    "{} of {count} are only summed up: {}",
+                    told.nameless, told.why
+                )
             })?;
             println!(
                 "{} of {count} processes that lived {text} ({brief} under 1 ms) named by the kernel: \
-             number, name, user; {} summed up, for the daemon was kept from the processor; path of the \
-             program for {} of them, for that is read in /proc while the process lives",
-                told.named, told.nameless, told.with_path
+             number, name, user; {} summed up ({}); path of the program for {} of them, for that is \
+             read in /proc while the process lives",
+                told.named, told.nameless, told.why, told.with_path
             );
             Ok(())
         },
@@ -74,6 +83,10 @@ struct Told {
     attempts: u64,
     named: u64,
     nameless: u64,
+    /// Of those, the ones whose line does not say why.
+    unexplained: u64,
+    /// What the lines of the others say, the last one.
+    why: String,
     with_path: u64,
 }
 
@@ -95,6 +108,11 @@ fn told(fx: &Fixture) -> Result<Told> {
             }
         } else {
             told.nameless += count;
+            let message = event["message"].as_str().unwrap_or_default();
+            match message.split_once("details lost: ") {
+                Some((_, why)) => told.why = why.to_owned(),
+                None => told.unexplained += count,
+            }
         }
     }
     Ok(told)
