@@ -12,7 +12,8 @@ use super::{
     order::{Family, Task, Tried},
     places::{has_loopback, localhost},
     steps::Step,
-    worker::{TOLD_WITHIN, Trial, Unclear, ask},
+    trial::{TOLD_WITHIN, Trial},
+    worker::{Unclear, ask},
 };
 use crate::{
     control::protocol::{ProbeAttempt, ProbeVerdict},

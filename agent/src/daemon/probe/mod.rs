@@ -22,6 +22,7 @@ mod places;
 mod plan;
 mod steps;
 mod trace;
+mod trial;
 mod worker;
 
 pub use steps::Probing;

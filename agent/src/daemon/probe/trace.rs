@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom},
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -20,6 +21,8 @@ pub struct Trace {
     file: Option<File>,
     rest: String,
     lines: Vec<Value>,
+    /// How many of the lines are of attempts before the one under way.
+    earlier: usize,
 }
 
 /// What tells the line of one attempt.
@@ -27,8 +30,9 @@ pub struct Trace {
 pub struct Mark<'a> {
     /// `unmapped.probe`.
     pub run: &'a str,
-    /// Destination port; none where a socket is refused before it has one.
-    pub port: Option<u16>,
+    /// Destination; none where a socket is refused before it has one. Its port alone would not do:
+    /// the kernel may choose the same for two listeners at different addresses.
+    pub to: Option<SocketAddr>,
     /// IP protocol number.
     pub protocol: u8,
 }
@@ -51,7 +55,15 @@ impl Trace {
             file,
             rest: String::new(),
             lines: Vec::new(),
+            earlier: 0,
         })
+    }
+
+    /// An attempt begins: lines that have come until now are not its own.
+    pub fn begin(&mut self) -> io::Result<()> {
+        self.read()?;
+        self.earlier = self.lines.len();
+        Ok(())
     }
 
     /// Takes in what has come, also from the file that took this one's place.
@@ -91,7 +103,8 @@ impl Trace {
     /// The line about an attempt. Of several the first that is the hook's own, if there is one.
     pub fn find(&self, mark: Mark<'_>, hook: &str) -> Option<Line> {
         let mut found = None;
-        for line in self.lines.iter().filter(|line| fits(line, mark)) {
+        let lines = self.lines.iter().skip(self.earlier);
+        for line in lines.filter(|line| fits(line, mark)) {
             let text = |at: &str| line.pointer(at).and_then(Value::as_str).unwrap_or_default();
             let line = Line {
                 hook: text("/unmapped/hook").to_owned(),
@@ -120,8 +133,11 @@ impl Trace {
 
 fn fits(line: &Value, mark: Mark<'_>) -> bool {
     let number = |at: &str| line.pointer(at).and_then(Value::as_u64);
+    let ip = line.pointer("/dst_endpoint/ip").and_then(Value::as_str);
+    let ip = ip.and_then(|ip| ip.parse::<IpAddr>().ok());
     line.pointer("/unmapped/probe").and_then(Value::as_str) == Some(mark.run)
-        && number("/dst_endpoint/port") == mark.port.map(u64::from)
+        && ip.map(|ip| ip.to_canonical()) == mark.to.map(|to| to.ip().to_canonical())
+        && number("/dst_endpoint/port") == mark.to.map(|to| to.port().into())
         && number("/connection_info/protocol_num") == Some(mark.protocol.into())
 }
 
@@ -135,7 +151,7 @@ mod tests {
 
     fn line(run: &str, hook: &str, port: u16) -> String {
         let line = json!({
-            "dst_endpoint": { "port": port },
+            "dst_endpoint": { "ip": "198.51.100.1", "port": port },
             "connection_info": { "protocol_num": 6 },
             "unmapped": { "probe": run, "hook": hook, "reason": "out_of_scope" },
         });
@@ -150,7 +166,10 @@ mod tests {
         let mut trace = Trace::open(&path).unwrap();
         let mark = |port| Mark {
             run: "r",
-            port: Some(port),
+            to: Some(SocketAddr::new(
+                "::ffff:198.51.100.1".parse().unwrap(),
+                port,
+            )),
             protocol: 6,
         };
         trace.read().unwrap();
@@ -180,5 +199,27 @@ mod tests {
         );
         let egress = trace.find(mark(2), "cgroup/connect6").unwrap();
         assert_eq!(egress.hook, "cgroup_skb/egress");
+    }
+
+    #[test]
+    fn another_attempt_with_the_same_port_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("violations.jsonl");
+        let mut trace = Trace::open(&path).unwrap();
+        fs::write(&path, line("r", "cgroup/connect4", 7)).unwrap();
+        let mark = |to: &str| Mark {
+            run: "r",
+            to: Some(to.parse().unwrap()),
+            protocol: 6,
+        };
+        trace.read().unwrap();
+        assert!(
+            trace
+                .find(mark("198.51.100.1:7"), "cgroup/connect4")
+                .is_some()
+        );
+        assert_eq!(trace.find(mark("127.0.0.1:7"), "cgroup/connect4"), None);
+        trace.begin().unwrap();
+        assert_eq!(trace.find(mark("198.51.100.1:7"), "cgroup/connect4"), None);
     }
 }
