@@ -416,7 +416,7 @@ impl Core {
 
     /// Once a second. Returns whether the tables were written anew.
     pub fn settle(&mut self) -> bool {
-        self.recorder.settle(&mut self.enforcer);
+        self.recorder.settle_in_time(&mut self.enforcer);
         self.lookups.settle(&mut self.recorder);
         self.tend_trail();
         self.tend_access();

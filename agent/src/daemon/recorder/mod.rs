@@ -24,6 +24,9 @@ use crate::{
 
 /// How long a turn writes lines: whoever gives an order waits for it.
 const TURN: Duration = Duration::from_millis(20);
+/// How long settling may be put off for a backlog of records: lines are to be there within five
+/// seconds, and what the folds owe takes two looks.
+const BACKLOG: Duration = Duration::from_secs(3);
 /// Records taken from the ring at a time.
 const CHUNK: usize = 64;
 /// Lines that each agent may have in a turn that is over its time, so that a flood of others costs
@@ -199,8 +202,8 @@ impl Recorder {
         std::mem::take(&mut self.unguarded)
     }
 
-    /// Takes in what the ring has, for a turn at most; what is left stays there.
-    pub fn drain(&mut self, enforcer: &mut Enforcer) {
+    /// Takes in what the ring has, for a turn at most; what is left stays there. Whether nothing was.
+    pub fn drain(&mut self, enforcer: &mut Enforcer) -> bool {
         let turn = Instant::now();
         self.health.drained = Some(turn);
         loop {
@@ -217,8 +220,11 @@ impl Recorder {
                     self.write_event(now, event, count);
                 }
             }
-            if events.len() < CHUNK || turn.elapsed() >= TURN {
-                return;
+            if events.len() < CHUNK {
+                return true;
+            }
+            if turn.elapsed() >= TURN {
+                return false;
             }
         }
     }
@@ -251,7 +257,17 @@ impl Recorder {
         }
     }
 
-    /// Once a second: what the ring has, then what folds and losses still owe.
+    /// Once a second: settles, unless the ring has more than can be written in a turn. The counters
+    /// pay for what is in the ring, so it has to be emptied before they are asked, and what is not
+    /// written then has lost its details: a backlog is given time to be written first.
+    pub fn settle_in_time(&mut self, enforcer: &mut Enforcer) {
+        let long_ago = |settled: Instant| settled.elapsed() >= BACKLOG;
+        if self.drain(enforcer) || self.health.settled.is_none_or(long_ago) {
+            self.settle(enforcer);
+        }
+    }
+
+    /// Takes in what the ring has, then what folds and losses still owe.
     pub fn settle(&mut self, enforcer: &mut Enforcer) {
         self.empty(enforcer);
         self.health.drained = Some(Instant::now());
