@@ -301,8 +301,8 @@ pub fn total(places: &[Place]) -> Sum {
     total
 }
 
-/// The table per place and kernel; below it every failure and every test that did not run, with
-/// the reason.
+/// The table per place and kernel; below it every test that did not run, with the reason, and
+/// last every failure.
 pub fn table(places: &[Place]) -> String {
     const HEAD: [&str; 7] = [
         "place",
@@ -357,37 +357,69 @@ pub fn table(places: &[Place]) -> String {
         text.push('\n');
     }
     for place in places {
-        details(&mut text, place);
+        untested(&mut text, place);
+    }
+    for place in places {
+        last_lines(&mut text, place);
+    }
+    // Last, where somebody who sees only the end of the output finds them.
+    for place in places {
+        failures(&mut text, place);
     }
     text
 }
 
-fn details(text: &mut String, place: &Place) {
-    let mut say = |what: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "{}: {what}", place.name);
-    };
+/// A line for each reason for which something was not tested, with all that was not.
+fn untested(text: &mut String, place: &Place) {
+    let name = &place.name;
     match &place.state {
-        State::NotTested(why) => say(&format!("not tested: {why}")),
+        State::NotTested(why) => {
+            let _ = writeln!(text, "{name}: not tested: {why}");
+        }
         State::Ran(findings) => {
+            let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
             for verdict in &findings.verdicts {
-                let Verdict { test, why, .. } = verdict;
-                match verdict.outcome {
-                    Outcome::Passed => {}
-                    Outcome::Failed => say(&format!("FAILED {test}: {why}")),
-                    Outcome::NotTested => say(&format!("not tested {test}: {why}")),
+                if verdict.outcome != Outcome::NotTested {
+                    continue;
+                }
+                match reasons.iter_mut().find(|(why, _)| *why == verdict.why) {
+                    Some((_, tests)) => tests.push(&verdict.test),
+                    None => reasons.push((&verdict.why, vec![&verdict.test])),
                 }
             }
-            for problem in &findings.problems {
-                say(&format!("FAILED {problem}"));
-            }
-            if !findings.tail.is_empty() {
-                say("the last lines were:");
-                for line in &findings.tail {
-                    let _ = writeln!(text, "    | {line}");
-                }
+            for (why, tests) in reasons {
+                let _ = writeln!(text, "{name}: not tested, {why}: {}", tests.join(", "));
             }
         }
+    }
+}
+
+/// What a place with a problem around its tests printed last.
+fn last_lines(text: &mut String, place: &Place) {
+    let State::Ran(findings) = &place.state else {
+        return;
+    };
+    if !findings.tail.is_empty() {
+        let _ = writeln!(text, "{}: the last lines were:", place.name);
+        for line in &findings.tail {
+            let _ = writeln!(text, "    | {line}");
+        }
+    }
+}
+
+/// Every failed test, and every problem around the tests.
+fn failures(text: &mut String, place: &Place) {
+    let State::Ran(findings) = &place.state else {
+        return;
+    };
+    for verdict in &findings.verdicts {
+        if verdict.outcome == Outcome::Failed {
+            let Verdict { test, why, .. } = verdict;
+            let _ = writeln!(text, "{}: FAILED {test}: {why}", place.name);
+        }
+    }
+    for problem in &findings.problems {
+        let _ = writeln!(text, "{}: FAILED {problem}", place.name);
     }
 }
 
@@ -490,6 +522,28 @@ mod tests {
         let findings = listener.finish(&CLEAN);
         assert_eq!(findings.tail.len(), KEPT_LINES);
         assert_eq!(findings.tail[0], "60");
+    }
+
+    #[test]
+    fn failures_come_last_and_reasons_once() {
+        let not_tested = |test: &str| {
+            format!(r#"@@result {{"test":"{test}","outcome":"not_tested","why":"no LSM"}}"#)
+        };
+        let failed = r#"@@result {"test":"udp","outcome":"failed","why":"it left"}"#;
+        let done = r#"@@done {"passed":0,"failed":1,"not_tested":2}"#;
+        let lines = [failed, &not_tested("lsm"), &not_tested("exec"), done];
+        let place = Place {
+            name: "VM".to_owned(),
+            kernel: "6.1".to_owned(),
+            state: State::Ran(heard(&lines).finish(&CLEAN)),
+            took: Duration::ZERO,
+        };
+        let table = table(&[place]);
+        assert!(
+            table.contains("VM: not tested, no LSM: lsm, exec\n"),
+            "{table}"
+        );
+        assert!(table.ends_with("VM: FAILED udp: it left\n"), "{table}");
     }
 
     #[test]
