@@ -1,7 +1,11 @@
 //! Agents in the forms that systemd and containers give them: a unit with the two lines, a scope, a
 //! container's nested cgroup.
 
-use std::{fs, thread::sleep, time::Duration};
+use std::{
+    fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 
@@ -171,8 +175,20 @@ fn a_run() -> Result<String> {
         property(scope, "ActiveState")?.as_str(),
         "active",
     )?;
+    let began = Instant::now();
     sh(&format!("systemctl stop {scope}"))?;
+    // A scope that systemd does not see empty takes the ninety seconds that it has to stop.
+    claim(began.elapsed() < Duration::from_secs(45), || {
+        format!("{scope} took {} s to stop", began.elapsed().as_secs())
+    })?;
     running.end(10)?;
     silent("runner")?;
+    // One that ends by itself leaves no scope behind either.
+    let ended = attempt("timeout 60 /usr/bin/remit run --agent runner -- /bin/true")?;
+    expect("the exit code of a command that ends", ended.code, 0)?;
+    eventually(10, || {
+        let left = sh("systemctl list-units --all --plain --no-legend 'runner-*.scope'")?;
+        claim(left.is_empty(), || format!("left: {left}"))
+    })?;
     Ok(format!("systemd knows it as {scope}"))
 }

@@ -124,31 +124,35 @@ fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     }
     let mut child = launch.spawn(&hierarchy, &cgroup)?;
     signals.forward_to(&child)?;
-    adopt(&mut child, &cgroup, &description)?;
+    let is_adopted = adopt(&mut child, &cgroup, &description)?;
     let exit = child.wait()?;
-    // What the command left running stays fenced, and keeps its cgroup; then the daemon removes it
-    // when it is empty.
-    drop(hierarchy.remove(&cgroup));
+    // What the command left running stays fenced, and keeps its cgroup. A scope is systemd's to clear
+    // away: one whose cgroup goes before systemd has seen it empty is waited for until its time to
+    // stop is over, a minute and a half.
+    if !is_adopted {
+        drop(hierarchy.remove(&cgroup));
+    }
     Ok(Outcome::Child(exit.code))
 }
 
 /// Makes the command's cgroup a scope of systemd's, where that is process 1 and the agent's selector
-/// leads to a place where a scope can be. It is fenced either way.
-fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<()> {
+/// leads to a place where a scope can be; whether it is one now. It is fenced either way.
+fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<bool> {
     let Some(scope) = Scope::at(cgroup).filter(|_| launch::is_managed()) else {
-        return Ok(());
+        return Ok(false);
     };
-    if let Err(error) = scope.adopt(child.pid(), description)
-        // One that has ended needs none.
-        && child.try_wait()?.is_none()
-    {
+    let Err(error) = scope.adopt(child.pid(), description) else {
+        return Ok(true);
+    };
+    // One that has ended needs none.
+    if child.try_wait()?.is_none() {
         let why = format!("{:#}", anyhow::Error::from(error));
         output::talk(format_args!(
             "note: the command runs in a cgroup that systemd does not know: {}",
             output::plain(&why)
         ));
     }
-    Ok(())
+    Ok(false)
 }
 
 fn hierarchy(settings: &Settings) -> Result<Hierarchy> {
