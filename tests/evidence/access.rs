@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use nix::{
     errno::Errno,
     sched::{CpuSet, sched_setaffinity},
+    sys::signal::Signal,
     unistd::Pid,
 };
 use serde_json::Value;
@@ -27,6 +28,7 @@ use crate::{
         eventually, expect,
         listener::Listener,
         network::{IN_V4, IN_V6, OUT_V4, OUT_V6},
+        tamper::Pins,
         way::PAYLOAD,
     },
 };
@@ -36,7 +38,7 @@ const DATAGRAMS: u32 = 4000;
 
 /// All cases here.
 pub fn cases() -> Vec<Case> {
-    vec![exact(), named()]
+    vec![exact(), without_room(), named()]
 }
 
 /// Whatever is sent, by whichever processor, is in the log once.
@@ -136,6 +138,82 @@ fn exact() -> Case {
             wanted,
         )
     })
+}
+
+/// What is used while nobody empties the ring and it is full is summed up in a map, and told from
+/// there.
+fn without_room() -> Case {
+    // A processor's cache has fewer places, so each datagram carries what another left there.
+    const PORTS: u16 = 10_000;
+    const ROUNDS: u16 = 5;
+    let name = "evidence::what_found_no_room_in_the_ring_is_in_the_log";
+    let case = Case::new(name, |ctx| {
+        let settings = Settings {
+            more: "[log]\naccess = \"2s\"\n".to_owned(),
+            ..Settings::default()
+        };
+        let agents = [Agent::new("alpha")
+            .allow("198.51.100.0/24", "\"1-65535/udp\"")
+            .allow("2001:db8:1::/64", "\"1-65535/udp\"")];
+        let fx = Fixture::start_with(ctx, &agents, &settings)?;
+        let mut alpha = fx.actor("alpha")?;
+        let summed_up = Pins::below(&fx.place().at("bpf")).map("access")?;
+        fx.daemon.signal(Signal::SIGSTOP)?;
+        let sent = (|| {
+            let mut sent = 0;
+            for _ in 0..ROUNDS {
+                for family in [Family::V4, Family::V6] {
+                    sent += to_each_port(&mut alpha, family, PORTS)?;
+                }
+            }
+            Ok::<_, anyhow::Error>(sent)
+        })();
+        let found = summed_up.keys();
+        fx.daemon.signal(Signal::SIGCONT)?;
+        let (sent, found) = (sent?, found?.len());
+        expect("datagrams", sent, u64::from(PORTS) * u64::from(ROUNDS) * 2)?;
+        claim(found > 1000, || {
+            format!("the ring had room: {found} destinations are summed up")
+        })?;
+        eventually(30, || {
+            let told = all_of(&fx, "alpha")?;
+            expect("packets in the log", told.packets, sent)
+        })?;
+        let payload = PAYLOAD.len() as u64;
+        let told = all_of(&fx, "alpha")?;
+        let bytes = sent * payload + sent / 2 * (28 + 48);
+        expect("bytes in the log", told.bytes, bytes)?;
+        println!("{sent} datagrams, {found} destinations summed up without room in the ring");
+        Ok(())
+    });
+    case.once()
+}
+
+/// One datagram to each port from 1 on.
+fn to_each_port(actor: &mut Actor, family: Family, ports: u16) -> Result<u64> {
+    let ip = family.pick(IN_V4, IN_V6, 1)?.ip();
+    let domain = if ip.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let id = actor.socket(domain, libc::SOCK_DGRAM, 0)?;
+    let ports: Vec<u16> = (1..=ports).collect();
+    let mut sent = 0;
+    for ports in ports.chunks(1000) {
+        let reply = actor.ask(&Op::SendMany {
+            id,
+            addrs: ports
+                .iter()
+                .map(|port| SocketAddr::new(ip, *port))
+                .collect(),
+            data: PAYLOAD.to_vec(),
+        })?;
+        expect("errno", reply.errno, 0)?;
+        sent += u64::try_from(reply.value)?;
+    }
+    actor.must(&Op::Close { id })?;
+    Ok(sent)
 }
 
 /// What was reached by a name is found by that name.
@@ -243,10 +321,20 @@ struct Sum {
 
 /// By `remit log query`, as anybody would ask.
 fn sums(fx: &Fixture, agent: &str, to: SocketAddr, protocol: u64) -> Result<Sum> {
-    let dest = to.to_string();
-    let said = fx.place().remit(&[
-        "log", "query", "--json", "--kind", "access", "--agent", agent, "--dest", &dest,
-    ])?;
+    asked(fx, agent, &["--dest", &to.to_string()], Some(protocol))
+}
+
+/// What the log says of all that an agent reached.
+fn all_of(fx: &Fixture, agent: &str) -> Result<Sum> {
+    asked(fx, agent, &[], None)
+}
+
+fn asked(fx: &Fixture, agent: &str, further: &[&str], protocol: Option<u64>) -> Result<Sum> {
+    let mut arguments = vec![
+        "log", "query", "--json", "--kind", "access", "--agent", agent,
+    ];
+    arguments.extend(further);
+    let said = fx.place().remit(&arguments)?;
     expect("exit code of remit log query", said.code, 0).context(said.stderr)?;
     let mut sum = Sum::default();
     for line in said.stdout.lines() {
@@ -256,7 +344,8 @@ fn sums(fx: &Fixture, agent: &str, to: SocketAddr, protocol: u64) -> Result<Sum>
             &event["ai_agent"]["uid"],
             &Value::from(agent),
         )?;
-        if event["connection_info"]["protocol_num"] == protocol {
+        let of = &event["connection_info"]["protocol_num"];
+        if protocol.is_none_or(|protocol| *of == protocol) {
             let number = |value: &Value| value.as_u64().context("no number");
             sum.bytes += number(&event["traffic"]["bytes_out"])?;
             sum.packets += number(&event["traffic"]["packets_out"])?;
