@@ -338,9 +338,14 @@ fn parse(bytes: Vec<u8>) -> Option<Line> {
 /// While the names are gone through, a rotation can give the file of one that comes next another
 /// that has been. So they are gone through until nothing new is found.
 fn by_age(path: &Path) -> Result<Vec<Aged>, TailError> {
+    by_age_while(path, |_| {})
+}
+
+/// The same, with what happens before a file is opened.
+fn by_age_while(path: &Path, mut happens: impl FnMut(&Path)) -> Result<Vec<Aged>, TailError> {
     let mut files: Vec<Aged> = Vec::new();
     for _ in 0..SCANS {
-        if !scan(path, &mut files)? {
+        if !scan(path, &mut files, &mut happens)? {
             break;
         }
     }
@@ -350,13 +355,18 @@ fn by_age(path: &Path) -> Result<Vec<Aged>, TailError> {
 }
 
 /// Opens what is there; false if all of it was known.
-fn scan(path: &Path, files: &mut Vec<Aged>) -> Result<bool, TailError> {
+fn scan(
+    path: &Path,
+    files: &mut Vec<Aged>,
+    happens: &mut impl FnMut(&Path),
+) -> Result<bool, TailError> {
     let beside = beside(path).map_err(|error| TailError {
         path: error.path,
         source: error.source,
     })?;
     let mut is_new = false;
     for path in beside {
+        happens(&path);
         let opened = open(&path).and_then(|file| {
             let meta = file.metadata()?;
             Ok((file, (meta.dev(), meta.ino()), meta.modified()?))

@@ -236,3 +236,36 @@ fn since_takes_durations_and_times() {
          \"2026-11-24T18:00:00Z\""
     );
 }
+
+/// A rotation moves files to names that come earlier in the list of names and have been gone by.
+#[test]
+fn a_rotation_while_names_are_gone_through_hides_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("violations.jsonl");
+    let name = |number: u32| dir.path().join(format!("violations.jsonl.{number}"));
+    for (file, text) in [(&path, "new"), (&name(1), "old"), (&name(2), "older")] {
+        fs::write(file, text).unwrap();
+    }
+    let mut rotated = 0;
+    let files = by_age_while(&path, |_| {
+        // Before each of the first names, so that whatever their order is, one is moved.
+        if rotated < 3 {
+            for number in (1..=2 + rotated).rev() {
+                fs::rename(name(number), name(number + 1)).unwrap();
+            }
+            fs::rename(&path, name(1)).unwrap();
+            rotated += 1;
+            fs::write(&path, format!("newer {rotated}")).unwrap();
+        }
+    })
+    .unwrap();
+    let mut texts: Vec<String> = files
+        .iter()
+        .map(|aged| io::read_to_string(&aged.file).unwrap())
+        .collect();
+    texts.sort();
+    assert_eq!(
+        texts,
+        ["new", "newer 1", "newer 2", "newer 3", "old", "older"]
+    );
+}
