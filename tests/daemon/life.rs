@@ -35,6 +35,8 @@ pub fn cases() -> Vec<Case> {
 
             fx.daemon.restart()?;
             fenced(&mut fx, &mut actor)?;
+            // All that was refused so far is told before the next attempt is to leave one line.
+            fx.reconcile("alpha")?;
             let how = Refusal::of("alpha", "out_of_scope");
             let to = Family::V4.pick(OUT_V4, OUT_V6, 444)?;
             fx.refused(&mut actor, Way::Tcp, Family::V4, to, &how)?;

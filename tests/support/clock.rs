@@ -4,10 +4,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// RFC 3339 in UTC, `secs` from now.
 pub fn from_now(secs: i64) -> String {
-    let now = SystemTime::now()
+    rfc3339(unix_now() + secs)
+}
+
+/// Seconds since 1970, whole ones.
+pub fn unix_now() -> i64 {
+    SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs().cast_signed());
-    rfc3339(now + secs)
+        .map_or(0, |since| since.as_secs().cast_signed())
 }
 
 /// RFC 3339 of a Unix time. The civil date of a day count: Howard Hinnant's `civil_from_days`.
