@@ -12,6 +12,8 @@ use serde::Deserialize;
 
 /// How many of the last lines a failure shows.
 const KEPT_LINES: usize = 40;
+/// How many characters of a failure's reason the table shows.
+const SHORT: usize = 600;
 
 /// What became of one test.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -415,7 +417,9 @@ fn failures(text: &mut String, place: &Place) {
     for verdict in &findings.verdicts {
         if verdict.outcome == Outcome::Failed {
             let Verdict { test, why, .. } = verdict;
-            let _ = writeln!(text, "{}: FAILED {test}: {why}", place.name);
+            // The whole is in the log, and was printed when it happened.
+            let short = why.chars().take(SHORT).collect::<String>();
+            let _ = writeln!(text, "{}: FAILED {test}: {short}", place.name);
         }
     }
     for problem in &findings.problems {
