@@ -83,7 +83,7 @@ impl Core {
     }
 
     fn status(&mut self) -> Status {
-        self.recorder.settle_in_time(&mut self.enforcer);
+        self.recorder.settle_now(&mut self.enforcer);
         let guards = self.guards();
         let (posture, reasons) = self.posture(&guards);
         let ids: Vec<String> = self.force.agents.keys().cloned().collect();

@@ -281,7 +281,7 @@ impl Core {
     /// Writes the end down. The fence stays.
     pub fn stop(&mut self, reason: &str) {
         self.drain();
-        self.recorder.settle(&mut self.enforcer);
+        self.recorder.settle_now(&mut self.enforcer);
         self.lookups.settle(&mut self.recorder);
         self.settle_access();
         self.write_access();

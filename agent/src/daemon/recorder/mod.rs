@@ -27,6 +27,8 @@ const TURN: Duration = Duration::from_millis(20);
 /// How long settling may be put off for a backlog of records: lines are to be there within five
 /// seconds, and what the folds owe takes two looks.
 const BACKLOG: Duration = Duration::from_secs(3);
+/// Turns for a backlog when somebody asks how things stand.
+const ASKED_TURNS: usize = 10;
 /// Records taken from the ring at a time.
 const CHUNK: usize = 64;
 /// Lines that each agent may have in a turn that is over its time, so that a flood of others costs
@@ -265,6 +267,16 @@ impl Recorder {
         if self.drain(enforcer) || self.health.settled.is_none_or(long_ago) {
             self.settle(enforcer);
         }
+    }
+
+    /// Settles for somebody who asks: a backlog is given a few turns to be written.
+    pub fn settle_now(&mut self, enforcer: &mut Enforcer) {
+        for _ in 0..ASKED_TURNS {
+            if self.drain(enforcer) {
+                break;
+            }
+        }
+        self.settle(enforcer);
     }
 
     /// Takes in what the ring has, then what folds and losses still owe.
