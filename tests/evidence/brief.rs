@@ -60,7 +60,7 @@ pub fn cases() -> Vec<Case> {
                     told.unexplained
                 )
             })?;
-            claim(told.named * 10 >= u64::from(count) * 8, || {
+            claim(told.named * 20 >= u64::from(count) * 19, || {
                 format!(
                     "{} of {count} are only summed up: {}",
                     told.nameless, told.why
