@@ -308,7 +308,23 @@ fn stands_after(
     claim(!before.is_empty(), || "nothing is pinned".to_owned())?;
     refused_start(fx.place(), &object()?, names)?;
     expect("pins", pins(fx.place())?, before)?;
+    proves_nothing(fx.place())?;
     in_force(fx, actor)
+}
+
+/// Nobody who asks for proof is told that all is well, though the old fence stands.
+fn proves_nothing(place: &Place) -> Result<()> {
+    for question in [
+        &["status", "--require", "enforcing"][..],
+        &["status"],
+        &["reconcile"],
+        &["probe", "alpha"],
+    ] {
+        let said = place.remit(question)?;
+        expect(&format!("exit code of {question:?}"), said.code, 3)
+            .with_context(|| format!("{}{}", said.stdout, said.stderr))?;
+    }
+    Ok(())
 }
 
 /// In scope arrives, out of scope is refused.
