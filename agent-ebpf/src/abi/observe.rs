@@ -10,7 +10,7 @@ pub const WATCHED: u32 = 2048;
 /// Roots whose processes are left out. Settings name a few; one for each user of a shared host.
 pub const EXEMPT: u32 = 1024;
 /// Notes that are kept; those that were not added to for longest make room (the kernel's LRU is not
-/// exact). 400 KiB.
+/// exact).
 pub const NOTES: u32 = 4096;
 
 shared! {
@@ -32,7 +32,7 @@ shared! {
 
     /// Value of `seen`.
     pub struct Seen {
-        /// Connections, and datagrams that were sent without one.
+        /// Connections, and datagrams that were sent without one (or on one to a mapped address).
         pub count: u64,
         /// Boot time in nanoseconds of the first.
         pub first: u64,

@@ -25,7 +25,8 @@ pub fn seen_connect6(ctx: SockAddrContext) -> i32 {
     look(&ctx, v6(&ctx))
 }
 
-/// IPv4, and mapped destinations of IPv6 sockets.
+/// IPv4, and mapped destinations of IPv6 sockets: of these also what is sent on a connected one, for
+/// the kernel puts the address back (`udpv6_sendmsg`).
 #[cgroup_sock_addr(sendmsg4)]
 pub fn seen_sendmsg4(ctx: SockAddrContext) -> i32 {
     look(&ctx, v4(&ctx))

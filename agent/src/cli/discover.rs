@@ -32,6 +32,9 @@ pub(super) struct Arguments {
     known: Option<PathBuf>,
 }
 
+/// Destinations of one process that are shown; it may try each port there is.
+const SHOWN: usize = 8;
+
 pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
     let settings = global.settings()?;
     let known =
@@ -85,8 +88,12 @@ fn print(stray: &Stray, output: &Output) -> Result<()> {
         plain(&stray.command)
     ))?;
     let now = daemon::wall_millis();
-    for reached in &stray.reached {
+    for reached in stray.reached.iter().take(SHOWN) {
         output.line(format_args!("  {}", plain(&destination(reached, now))))?;
+    }
+    let more = stray.reached.len().saturating_sub(SHOWN);
+    if more > 0 {
+        output.line(format_args!("  and {more} destinations more"))?;
     }
     output.line(plain_lines(&stray.toml))?;
     output.line("")

@@ -118,13 +118,13 @@ impl Observer {
     /// # Errors
     /// When that is not possible; then nothing is attached.
     pub fn start(object: &[u8], directory: &Path) -> Result<Self, ObserverError> {
-        let ebpf = load(object)?;
         let open = |source| ObserverError::Cgroup {
             path: directory.to_owned(),
             source,
         };
         let cgroup = File::open(directory).map_err(open)?;
         let id = cgroup.metadata().map_err(open)?.ino();
+        let ebpf = load(object)?;
         let mut links = Vec::new();
         for expected in HOOKS {
             let link = attach(&ebpf, expected, &cgroup, directory)?;

@@ -12,7 +12,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
-    time::Duration,
+    path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use agent_ebpf::abi::Addr;
@@ -53,7 +54,9 @@ const LANES: usize = 4;
 const WAITING: usize = 64;
 /// Cgroups that are looked for in one second: without the right to find one by its id, all of the
 /// host's are looked through.
-const PLACED: usize = 16;
+const PLACED: usize = 8;
+/// It is looked so often whether the programs are there.
+const AGAIN: Duration = Duration::from_secs(5);
 /// Bytes of a process's name.
 const COMM: usize = 64;
 
@@ -79,12 +82,19 @@ type Found = (String, Result<BTreeSet<IpAddr>, String>);
 
 /// The observer as the settings ask for it.
 pub struct Observing {
+    /// The cgroup whose processes are looked at.
+    directory: PathBuf,
     /// Why there is none, in words.
     kernel: Result<Observer, String>,
-    book: Book,
+    /// When it was seen last whether the programs are there.
+    looked: Instant,
+    names: Vec<String>,
+    sources: Vec<Source>,
+    /// The lookups; they end with this. None are made before there is an observer.
+    lookups: JoinSet<()>,
+    sender: mpsc::Sender<Found>,
     found: mpsc::Receiver<Found>,
-    /// The lookups; they end with this.
-    _lookups: JoinSet<()>,
+    book: Book,
     /// Where cgroups of notes were; none where they were gone.
     places: BTreeMap<u64, Option<CgroupPath>>,
     /// Notes begun when cgroups were looked for last.
@@ -97,10 +107,8 @@ impl Core {
     /// Begins to observe, if the settings ask for it. It takes a runtime.
     pub fn observe(&mut self) {
         if self.settings.discover.traffic {
-            let mut observing = Observing::start(&self.settings, &self.hierarchy);
-            if let Err(why) = &observing.kernel {
-                warn!(message = "Traffic to model APIs is not observed.", why);
-            }
+            let mut observing = Observing::new(&self.settings, &self.hierarchy);
+            observing.start();
             observing.tend(&self.hierarchy, &self.roots);
             self.observing = Some(observing);
         }
@@ -144,37 +152,70 @@ impl Core {
 // === impl Observing ===
 
 impl Observing {
-    fn start(settings: &Settings, hierarchy: &Hierarchy) -> Self {
+    fn new(settings: &Settings, hierarchy: &Hierarchy) -> Self {
         let names = match &settings.discover.apis {
             Some(names) => names.clone(),
             None => built_in(),
         };
-        let kernel = CgroupPath::new(&settings.discover.cgroup)
-            .map_err(anyhow::Error::from)
-            .and_then(|path| Ok(Observer::start(OBJECT, &hierarchy.directory(&path))?))
-            .map_err(|error| format!("{error:#}"));
+        // The settings have checked it.
+        let cgroup = CgroupPath::new(&settings.discover.cgroup);
+        let cgroup = cgroup.unwrap_or_else(|_| CgroupPath::root());
         let (sender, found) = mpsc::channel(WAITING);
-        let mut lookups = JoinSet::new();
-        if kernel.is_ok() {
-            info!(
-                message = "Traffic to model APIs is observed.",
-                cgroup = settings.discover.cgroup,
-                names = names.len()
-            );
-            for lane in 0..LANES {
-                let mine = names.iter().skip(lane).step_by(LANES).cloned().collect();
-                let sources = names::sources(&settings.dns);
-                lookups.spawn(look_up(mine, sources, sender.clone()));
-            }
-        }
         Self {
-            kernel,
+            directory: hierarchy.directory(&cgroup),
+            kernel: Err(String::new()),
+            looked: Instant::now(),
             book: Book::new(names.len()),
+            names,
+            sources: names::sources(&settings.dns),
+            lookups: JoinSet::new(),
+            sender,
             found,
-            _lookups: lookups,
             places: BTreeMap::new(),
             begun: 0,
             fault: None,
+        }
+    }
+
+    /// Loads and attaches.
+    fn start(&mut self) {
+        self.looked = Instant::now();
+        self.begun = 0;
+        let started = Observer::start(OBJECT, &self.directory)
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)));
+        match (&started, &self.kernel) {
+            (Ok(_), _) => info!(
+                message = "Traffic to model APIs is observed.",
+                cgroup = %self.directory.display(),
+                names = self.names.len()
+            ),
+            // Told once, and then in the status.
+            (Err(why), Err(before)) if why == before => {}
+            (Err(why), _) => warn!(message = "Traffic to model APIs is not observed.", why),
+        }
+        self.kernel = started;
+        if self.kernel.is_ok() && self.lookups.is_empty() {
+            for lane in 0..LANES {
+                let mine = self.names.iter().skip(lane).step_by(LANES);
+                let (sources, sender) = (self.sources.clone(), self.sender.clone());
+                self.lookups
+                    .spawn(look_up(mine.cloned().collect(), sources, sender));
+            }
+        }
+    }
+
+    /// Starts anew where nothing is attached: the cgroup was not there yet, or is another by now.
+    fn restart(&mut self) {
+        if self.looked.elapsed() < AGAIN {
+            return;
+        }
+        self.looked = Instant::now();
+        let stands = self
+            .kernel
+            .as_ref()
+            .is_ok_and(|kernel| kernel.seats().iter().any(|seat| seat.is_live));
+        if !stands {
+            self.start();
         }
     }
 
@@ -183,6 +224,7 @@ impl Observing {
         while let Ok((name, found)) = self.found.try_recv() {
             self.book.learn(&name, found, boot_now());
         }
+        self.restart();
         let Ok(kernel) = &mut self.kernel else {
             return;
         };
