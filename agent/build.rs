@@ -1,5 +1,6 @@
-//! Builds the BPF object that the daemon embeds. `AYA_BUILD_SKIP=1` leaves an empty one, so that
-//! every pure test runs on a machine without bpf-linker; the loader then says `ObjectMissing`.
+//! Builds the BPF objects that the daemon embeds: what enforces, and the observer beside it.
+//! `AYA_BUILD_SKIP=1` leaves empty ones, so that every pure test runs on a machine without bpf-linker;
+//! the loader then says `ObjectMissing`.
 
 #![expect(
     clippy::disallowed_methods,
@@ -18,10 +19,12 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-env-changed=REMIT_BPF_TOOLCHAIN");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
-    let object = out.join("agent-ebpf");
-    // Present before the build so that a skipped one still compiles; a real build replaces it.
+    // Present before the build so that a skipped one still compiles; a real build replaces them.
     if env::var_os("AYA_BUILD_SKIP").is_some_and(|skip| skip == "1" || skip == "true") {
-        fs::write(&object, []).with_context(|| format!("cannot write {}", object.display()))?;
+        for name in ["agent-ebpf", "agent-ebpf-observe"] {
+            let object = out.join(name);
+            fs::write(&object, []).with_context(|| format!("cannot write {}", object.display()))?;
+        }
     }
 
     // `cargo xtask` keeps the linker here, so that a plain `cargo build` works after it.

@@ -19,7 +19,8 @@ use remit::{
     control::{
         HoldState, Processes,
         protocol::{
-            Answer, Code, Drift, DriftSummary, Held, HoldInfo, Posture, Reconciled, Refusal, Reload,
+            Answer, Code, Drift, DriftSummary, Held, HoldInfo, Posture, Reached, Reconciled,
+            Refusal, Reload, Traffic,
         },
     },
 };
@@ -316,8 +317,13 @@ fn guard_says_whether_a_cgroup_is_guarded() {
 #[test]
 #[ignore = "needs root"]
 fn status_shows_guards_agents_and_the_last_violation() {
+    let mut said = status(Posture::NotEnforcing);
+    for guard in &mut said.guards {
+        // Ahead of every clock: however long the others here take, its age is none.
+        guard.checked_ms = i64::MAX;
+    }
     let answers = Answers {
-        status: status(Posture::NotEnforcing),
+        status: said,
         ..Answers::default()
     };
     let served = served(ELSEWHERE, answers);
@@ -1177,4 +1183,85 @@ fn run_says_as_a_shell_would_that_there_is_no_such_command() {
         let output = remit(&settings, &["run", "--agent", "alpha", "--", command]);
         assert_eq!(code(&output), expected, "{}", stderr(&output));
     }
+}
+
+/// `remit discover` that knows no program, so that only what was reached is listed.
+fn discovered(served: &Served, arguments: &[&str]) -> Output {
+    let known = served.folder.path().join("known.toml");
+    fs::write(&known, "agent = []\n").unwrap();
+    let known = known.display().to_string();
+    asked(
+        served,
+        &[&["discover", "--known", &known], arguments].concat(),
+    )
+}
+
+#[test]
+#[ignore = "needs root"]
+fn discover_tells_of_a_process_that_has_ended_and_believes_none_of_its_words() {
+    let note = |pid, last_ns| Reached {
+        pid,
+        uid: 1000,
+        comm: "x\"\n[scope]".to_owned(),
+        cgroup_id: 5,
+        cgroup: Some("/user.slice/session-2.scope".to_owned()),
+        addr: "192.0.2.7".parse().unwrap(),
+        port: 443,
+        protocol: 6,
+        names: vec!["api.model.example".to_owned()],
+        count: 6,
+        first_ns: 1,
+        last_ns,
+    };
+    let inside = Reached {
+        cgroup_id: 6,
+        cgroup: Some("/agents.slice/a.service".to_owned()),
+        ..note(4_194_307, 3)
+    };
+    let answers = Answers {
+        traffic: Traffic {
+            wanted: true,
+            observed: true,
+            boot_ms: 1_793_836_800_000,
+            // No process has these ids: they are beyond what the kernel gives.
+            notes: vec![note(4_194_305, 1), note(4_194_306, 2), inside],
+            ..Traffic::default()
+        },
+        ..Answers::default()
+    };
+    let served = served(ELSEWHERE, answers);
+    let text = discovered(&served, &[]);
+    assert_eq!(code(&text), 1);
+    assert_eq!(stderr(&text), "");
+    let text = stdout(&text);
+    let first = "client of api.model.example 2 processes that have ended, the last with pid 4194306, \
+                 of user 1000 in /user.slice/session-2.scope: x\"\\x0a[scope]\n  \
+                 reached api.model.example (192.0.2.7:443), 12 times, last ";
+    assert!(text.starts_with(first), "{text}");
+    assert_eq!(text.matches("client of").count(), 1, "{text}");
+    assert!(!text.contains("\n[scope]"), "{text}");
+    assert!(text.contains("\nname = \"xx0a[scope]\"\n"), "{text}");
+    let json = stdout(&discovered(&served, &["--json"]));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json[0]["processes"], 2);
+    assert_eq!(json[0]["reached"][0]["count"], 12);
+    assert_eq!(json[0]["reached"][0]["last_ms"], 1_793_836_800_000_i64);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn discover_says_when_traffic_is_not_observed() {
+    let served = served(ELSEWHERE, Answers::default());
+    let said = discovered(&served, &[]);
+    assert_eq!((code(&said), stdout(&said).as_str()), (0, ""));
+    let settings = served.folder.path().join("remit.toml");
+    assert_eq!(
+        stderr(&said),
+        format!(
+            "traffic to model APIs is not observed; `traffic = true` in `[discover]` of {} has the \
+             daemon do it from its next start on\nno process outside the roots looks like an agent \
+             that is known here\n",
+            settings.display()
+        )
+    );
 }

@@ -10,6 +10,7 @@ mod outside;
 mod probe;
 mod questions;
 mod scale;
+mod traffic;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -23,6 +24,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     let mut cases = probe::cases();
     cases.extend(questions::cases());
+    cases.extend(traffic::cases());
     for more in [
         dns::cases(),
         faults::cases(),

@@ -123,6 +123,7 @@ fn names(workspace: &Workspace) -> Result<()> {
     let mut findings = Vec::new();
     let source = workspace.root.join("agent-ebpf/src");
     let mut files = sources(&source.join("kernel"))?;
+    files.extend(sources(&source.join("observe"))?);
     files.extend(sources(&source.join("bench"))?);
     for file in files {
         let text =

@@ -5,6 +5,7 @@ mod dns;
 mod event;
 mod key;
 mod limit;
+mod observe;
 mod row;
 mod word;
 
@@ -13,10 +14,11 @@ pub use dns::*;
 pub use event::*;
 pub use key::*;
 pub use limit::*;
+pub use observe::*;
 pub use row::*;
 pub use word::*;
 
-/// Version of everything in this module. It is part of the pin path, so that two layouts never
+/// Version of everything in this module but what is the observer's. It is part of the pin path, so that two layouts never
 /// meet; bump it in the commit that changes a type, a map or their meaning.
 ///
 /// Another version's tags, owners, events, folds, budgets, names, counters, used, access and beyond

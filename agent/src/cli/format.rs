@@ -26,6 +26,16 @@ pub(super) fn count(number: u64, thing: &str) -> String {
     format!("{number} {thing}{plural}")
 }
 
+/// A span: `3 s`, `5 min`, `7 h`, `4 d`. Cut, not rounded.
+pub(super) fn span(millis: i64) -> String {
+    match millis.max(0) / 1_000 {
+        seconds @ ..120 => format!("{seconds} s"),
+        seconds @ ..7_200 => format!("{} min", seconds / 60),
+        seconds @ ..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} d", seconds / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,6 +45,13 @@ mod tests {
         assert_eq!(time(1_793_836_800_123), "2026-11-05T00:00:00Z");
         assert_eq!(end(None), "never");
         assert_eq!(time(i64::MAX), i64::MAX.to_string());
+    }
+
+    #[test]
+    fn spans_have_one_unit() {
+        let spans = [-5, 3_999, 119_000, 120_000, 7_200_000, 172_800_000];
+        let said = spans.map(span);
+        assert_eq!(said, ["0 s", "3 s", "119 s", "2 min", "2 h", "2 d"]);
     }
 
     #[test]

@@ -111,6 +111,9 @@ enum Command {
     /// Take the first steps on a host: look at it, and write the entry of a first agent.
     Init(init::Arguments),
     /// List processes outside every root that look like AI agents.
+    ///
+    /// By what they execute; and where `discover.traffic` is on in the settings, by the model APIs that
+    /// the daemon saw them reach, also those that have ended.
     Discover(discover::Arguments),
     /// Try the fence from inside an agent's cgroup.
     Probe(probe::Arguments),

@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 pub use peer::{Caller, Rights};
 use protocol::{
     Agent, Agents, Attached, Explain, Exposition, Guarded, Held, HoldReason, Myself, Probed,
-    Question, Reconciled, Refusal, Reload, ReloadRequest, RunGrant, RunRequest, Status,
+    Question, Reconciled, Refusal, Reload, ReloadRequest, RunGrant, RunRequest, Status, Traffic,
 };
 
 /// Where the answer to a [`Request`] goes. Dropped without one, the caller is told so.
@@ -75,6 +75,8 @@ pub enum Request {
     Run(RunRequest, Reply<RunGrant>),
     /// `GET /v1/metrics`, and `GET /metrics` on the loopback address of the settings.
     Metrics(Reply<Exposition>),
+    /// `GET /v1/traffic`.
+    Traffic(Reply<Traffic>),
     /// `GET /v1/self`, from a caller with [`Rights::OnlySelf`].
     Myself(Reply<Myself>),
 }

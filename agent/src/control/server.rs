@@ -295,6 +295,7 @@ fn routes(calls: Calls) -> Router {
         .route("/v1/reload", post(reload))
         .route("/v1/run", post(run))
         .route("/v1/self", get(myself))
+        .route("/v1/traffic", get(traffic))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -360,6 +361,10 @@ fn may(caller: &Caller, method: &Method, path: &str) -> Result<(), Refusal> {
 
 async fn status(state: State<Calls>, caller: Extension<Caller>) -> Response {
     ask(state, caller, ANSWER, Request::Status).await
+}
+
+async fn traffic(state: State<Calls>, caller: Extension<Caller>) -> Response {
+    ask(state, caller, ANSWER, Request::Traffic).await
 }
 
 async fn agents(state: State<Calls>, caller: Extension<Caller>) -> Response {

@@ -31,6 +31,7 @@ impl Core {
             Request::Agent(id, reply) => drop(reply.send(self.agent(&id))),
             Request::Explain(question, reply) => drop(reply.send(self.explain(question))),
             Request::Run(request, reply) => drop(reply.send(self.run(&request))),
+            Request::Traffic(reply) => drop(reply.send(Ok(self.traffic()))),
             Request::Metrics(reply) => drop(reply.send(self.metrics())),
             Request::Myself(reply) => drop(reply.send(Ok(self.myself(&call.caller)))),
             Request::Reload(request, reply) => {
@@ -145,6 +146,7 @@ impl Core {
                 host_wide("dns", "dns", state, &evidence)
             }
         });
+        guards.push(self.observer_guard());
         guards
     }
 

@@ -19,6 +19,7 @@ use super::{
     lookups::Lookups,
     metering::Meter,
     names::{self, Names},
+    observer::Observing,
     posture::Beats,
     probe::Probing,
     reconcile::DriftBook,
@@ -69,6 +70,8 @@ pub struct Core {
     pub(super) probing: Probing,
     pub(super) meter: Meter,
     pub(super) access: AccessBook,
+    /// Who reaches model APIs; none where the settings do not ask for it.
+    pub(super) observing: Option<Observing>,
     damage: Vec<Damage>,
     pub(super) audit: Trail,
     adopted: bool,
@@ -200,6 +203,7 @@ impl Core {
             probing: Probing::default(),
             meter,
             access: AccessBook::open(settings, limits)?,
+            observing: None,
             damage: loaded.damage,
             laps,
             memory,
@@ -422,6 +426,7 @@ impl Core {
         self.tend_access();
         self.enforcer.sweep();
         self.tend_names();
+        self.tend_observer();
         if self.close_again {
             self.close_unreachable(None);
             self.close_again = false;

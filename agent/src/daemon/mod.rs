@@ -35,6 +35,7 @@ mod metering;
 mod myself;
 mod names;
 mod naming;
+mod observer;
 mod placing;
 mod posture;
 mod probe;
@@ -74,6 +75,7 @@ pub use self::{core::hierarchy, evidence::places};
 pub use force::{Unusable, image};
 pub use lock::{Lock, LockError};
 pub use probe::helper::serve as serve_probe;
+pub use time::wall_millis;
 
 /// What a start is told beside the settings.
 #[derive(Clone, Debug)]
@@ -248,6 +250,7 @@ async fn serve(settings: Settings, options: Options) -> Result<(), DaemonError> 
         warn!(message = "The service manager could not be told.", %error);
     }
     info!(message = "Enforcing.", revision = core.revision());
+    core.observe();
     let mut watchdog = Watchdog::start();
 
     let reason = loop {

@@ -112,6 +112,17 @@ fn limits(dns: &Dns) -> Limits {
     }
 }
 
+/// Whom to ask.
+pub(super) fn sources(dns: &Dns) -> Vec<Source> {
+    let upstream = dns.upstream.iter();
+    upstream
+        .map(|upstream| match upstream {
+            Upstream::System => Source::File(resolv::PATH.into()),
+            Upstream::At(at) => Source::At(*at),
+        })
+        .collect()
+}
+
 impl Netns {
     fn of(process: &str) -> Option<Self> {
         let about = fs::metadata(format!("/proc/{process}/ns/net")).ok()?;
@@ -130,15 +141,7 @@ impl Names {
         let server = settings.dns.enabled.then(|| {
             let clock = Arc::clone(&offset);
             let config = Config {
-                sources: settings
-                    .dns
-                    .upstream
-                    .iter()
-                    .map(|upstream| match upstream {
-                        Upstream::System => Source::File(resolv::PATH.into()),
-                        Upstream::At(at) => Source::At(*at),
-                    })
-                    .collect(),
+                sources: sources(&settings.dns),
                 limits: limits(&settings.dns),
                 clock: Arc::new(move || {
                     clock

@@ -8,6 +8,7 @@ use agent_ebpf::abi::{self, Addr, Hook, Reason};
 use super::{
     answers::host_guard,
     core::{Core, boot_now},
+    observer::OBSERVER,
     settings::Settings,
     time::wall_millis,
 };
@@ -46,7 +47,8 @@ impl Core {
         } else {
             Posture::Degraded
         };
-        for guard in guards {
+        // The observer guards nothing.
+        for guard in guards.iter().filter(|guard| guard.kind != OBSERVER) {
             match guard.state {
                 GuardState::Live | GuardState::Off => continue,
                 GuardState::Degraded | GuardState::Absent if guard.kind == "link" => {

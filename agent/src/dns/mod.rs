@@ -15,7 +15,7 @@
 //! ```
 //!
 //! Pure: [`name`], [`message`], [`budget`], [`lease`], [`guard`], [`tally`]. The rim: [`endpoint`],
-//! [`resolv`], [`upstream`], [`server`]. The guard knows no kernel: it *returns* leases, and the
+//! [`resolv`], [`upstream`], [`server`], [`hosts`]. The guard knows no kernel: it *returns* leases, and the
 //! daemon writes them. Nothing is cached here but what the leases need: see [`upstream`].
 //!
 //! While the daemon is down nobody listens at the endpoints: a lookup over UDP or TCP is refused by
@@ -24,6 +24,7 @@
 pub mod budget;
 pub mod endpoint;
 pub mod guard;
+pub mod hosts;
 pub mod lease;
 pub mod message;
 pub mod name;

@@ -5,6 +5,7 @@ mod agents;
 mod features;
 mod others;
 mod permissions;
+mod traffic;
 mod users;
 mod ways;
 
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 pub use agents::{Known, Stray, discover};
 pub use features::features;
+pub use traffic::{Note, Reached};
 pub use ways::ways;
 
 /// One thing that was looked at.

@@ -421,7 +421,7 @@ pub(super) fn program_fd(ebpf: &Ebpf, expected: Expected) -> Option<BorrowedFd<'
 }
 
 /// Attaches a loaded program. By hand, since the library gives no link out before it is pinned.
-fn attach(
+pub(super) fn attach(
     ebpf: &Ebpf,
     expected: Expected,
     cgroup: &File,

@@ -366,7 +366,7 @@ pub fn load(
 /// them, and Rust makes none. It cannot be told so, but it does without where it does not find
 /// them: so it is made by a thread that sees an all but empty root directory and ends at once. Where that
 /// is not allowed, it takes its time.
-fn loader<'a>() -> EbpfLoader<'a> {
+pub fn loader<'a>() -> EbpfLoader<'a> {
     let apart = thread::spawn(|| {
         // The thread gets a root of its own; no other thread's changes.
         let empty = "/proc/self/fdinfo";
@@ -422,7 +422,8 @@ fn load_programs(ebpf: &mut Ebpf) -> Result<(), OpenError> {
     })
 }
 
-fn load_program(program: &mut Program, name: &'static str) -> Result<(), OpenError> {
+/// Has the kernel verify one program.
+pub fn load_program(program: &mut Program, name: &'static str) -> Result<(), OpenError> {
     let loaded = match program {
         Program::CgroupSkb(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),

@@ -51,7 +51,7 @@ pub use looked::{Looked, LookedRule, looked_at};
 pub use memo::Memory;
 pub use memory::{MemoryRules, row, rule_sets};
 pub use model::{Agent, Lifecycle, Set};
-pub use name::{Depth, HostPattern, Id};
+pub use name::{Depth, HostError, HostPattern, Id};
 pub use names::{Allowance, NameRule, Resolution, resolve};
 pub use net::{Cidr, CidrError, PortError, PortSpec, Ports};
 pub use selector::{Selector, SelectorError};

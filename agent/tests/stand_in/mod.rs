@@ -17,7 +17,7 @@ use remit::control::{
         Agent, AgentStatus, Agents, Answer, Attached, Cgroup, DriftSummary, Entry, Explain,
         Exposition, Guard, GuardState, Guarded, Held, LastViolation, Myself, Posture, ProbeAttempt,
         ProbeCounts, ProbeVerdict, Probed, Question, Reconciled, Refusal, Registry, Reload,
-        RunGrant, Source, Status,
+        RunGrant, Source, Status, Traffic,
     },
     scrape,
     server::{Listener, serve},
@@ -43,6 +43,8 @@ pub struct Answers {
     pub resume: fn(&Resume) -> Result<Held, Refusal>,
     /// To a comparison.
     pub reconcile: fn(bool) -> Reconciled,
+    /// To who asks for traffic.
+    pub traffic: Traffic,
 }
 
 impl Default for Answers {
@@ -64,6 +66,7 @@ impl Default for Answers {
                 Ok(held(&resume.id, "suspended", "active", reason))
             },
             reconcile: |_| reconciled(),
+            traffic: Traffic::default(),
         }
     }
 }
@@ -214,6 +217,7 @@ async fn stand_in(mut requests: mpsc::Receiver<Call>, answers: Answers) {
                     text: "remit_problems 0\n# EOF\n".to_owned(),
                 }),
             ),
+            Request::Traffic(reply) => answer(reply, Ok(answers.traffic.clone())),
             Request::Myself(reply) => answer(reply, Ok(myself(caller.cgroup))),
         }
     }

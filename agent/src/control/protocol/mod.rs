@@ -11,6 +11,7 @@
 //! | `POST /v1/explain` ([`Question`]), which the kernel counts | change | [`Attached`] |
 //! | `GET /v1/guard?cgroup=` ([`GuardQuestion`]) | read | [`Guarded`] |
 //! | `GET /v1/metrics`                | read   | [`Exposition`], as text |
+//! | `GET /v1/traffic`                | read   | [`Traffic`] |
 //! | `GET /v1/reconcile`              | read   | [`Reconciled`] |
 //! | `POST /v1/reconcile`, which mends | change | [`Reconciled`] |
 //! | `POST /v1/reload` ([`ReloadRequest`], or nothing) | change | [`Reload`] |
@@ -29,6 +30,7 @@ mod guard;
 mod lifecycle;
 mod metrics;
 mod probe;
+mod traffic;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
@@ -39,6 +41,7 @@ pub use guard::{GuardQuestion, Guarded};
 pub use lifecycle::{Held, HoldInfo, HoldReason, HoldRequest, REASON_BYTES, ReasonError};
 pub use metrics::Exposition;
 pub use probe::{LastProbe, ProbeAttempt, ProbeCounts, ProbeVerdict, Probed};
+pub use traffic::{Reached, Traffic};
 
 /// Path prefix of this version of the API.
 pub const PREFIX: &str = "/v1";
@@ -95,7 +98,8 @@ pub enum Posture {
 pub struct Guard {
     /// Stable name, such as `connect4` or `egress`.
     pub name: String,
-    /// What sort of thing it is: `link`, `map`, `lsm`, ….
+    /// What sort of thing it is: `link`, `map`, `lsm`, …. An `observer` guards nothing, and has no
+    /// part in the posture.
     pub kind: String,
     /// The root it guards; none for what is host-wide.
     pub root: Option<String>,

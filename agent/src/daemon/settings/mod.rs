@@ -37,6 +37,8 @@ pub struct Settings {
     pub probe: Probe,
     /// `[metrics]`.
     pub metrics: Metrics,
+    /// `[discover]`.
+    pub discover: Discover,
     /// `[limits]`.
     pub limits: Limits,
 }
@@ -198,6 +200,17 @@ pub struct Metrics {
     pub listen: Option<SocketAddr>,
 }
 
+/// What is looked for outside the roots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Discover {
+    /// Whether traffic to model APIs is observed.
+    pub traffic: bool,
+    /// The APIs' host names, lower case and without a trailing dot; none for the built-in ones.
+    pub apis: Option<Vec<String>>,
+    /// The cgroup below the v2 mount whose processes are observed, with a leading slash.
+    pub cgroup: String,
+}
+
 /// Bounds of the kernel maps; none means sized from the registry, with room to grow.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Limits {
@@ -335,6 +348,16 @@ impl Default for Log {
             export: Vec::new(),
             journal: false,
             otlp: None,
+        }
+    }
+}
+
+impl Default for Discover {
+    fn default() -> Self {
+        Self {
+            traffic: false,
+            apis: None,
+            cgroup: "/".to_owned(),
         }
     }
 }

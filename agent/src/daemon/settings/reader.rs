@@ -11,7 +11,10 @@ use toml::{
 use super::{
     CgroupMount, Containment, Mistake, OnBadRegistry, OnProbeFail, Settings, Unregistered, Upstream,
 };
-use crate::audit::{Mask, encode::Format, span};
+use crate::{
+    audit::{Mask, encode::Format, span},
+    policy::{Depth, HostError, HostPattern},
+};
 
 /// Reads `text`. The settings are of use only when there are no mistakes; those come in the
 /// file's order.
@@ -159,6 +162,13 @@ impl<'t> Reader<'t> {
         }
         if let Some(mut t) = root.section("metrics") {
             t.set("listen", &mut s.metrics.listen, |v| off_or(v, loopback));
+            t.finish();
+        }
+        if let Some(mut t) = root.section("discover") {
+            let roots = &s.enforcement.roots;
+            t.set("traffic", &mut s.discover.traffic, boolean);
+            t.set("apis", &mut s.discover.apis, |v| apis(v).map(Some));
+            t.set("cgroup", &mut s.discover.cgroup, |v| outside(v, roots));
             t.finish();
         }
         if let Some(mut t) = root.section("limits") {
@@ -502,6 +512,56 @@ fn roots(value: &Value<'_>) -> Result<Vec<String>, Fault> {
     Ok(found.into_iter().map(|(path, _)| path).collect())
 }
 
+/// Names that are looked up, so no patterns.
+fn apis(value: &Value<'_>) -> Result<Vec<String>, Fault> {
+    const MOST: usize = 256;
+    let found = filled(value, |v| {
+        let name = text(v)?;
+        let host: HostPattern = name.parse().map_err(|why: HostError| Fault {
+            span: None,
+            message: why.to_string(),
+            help: Some("write a host name alone, such as \"api.example.com\"".to_owned()),
+        })?;
+        if host.depth() == Depth::Exact {
+            return Ok(host.base().to_owned());
+        }
+        Err(Fault {
+            span: None,
+            message: format!("`{name}` is a pattern, and only a name can be looked up"),
+            help: Some("write each host's name, such as \"api.example.com\"".to_owned()),
+        })
+    })?;
+    if found.len() > MOST {
+        return fault(format!(
+            "{} names, and at most {MOST} are watched",
+            found.len()
+        ));
+    }
+    Ok(found)
+}
+
+/// A cgroup whose processes are looked at, and what is in a root is not.
+fn outside(value: &Value<'_>, roots: &[String]) -> Result<String, Fault> {
+    let path = text(value)?;
+    if path == "/" {
+        return Ok(path.to_owned());
+    }
+    let path = plain(path, "cgroup")?;
+    for root in roots {
+        if path == *root || path.starts_with(&format!("{root}/")) {
+            return Err(Fault {
+                span: None,
+                message: format!(
+                    "cgroup `{path}` lies inside root `{root}`, whose processes are left out: \
+                     nothing would be observed"
+                ),
+                help: Some("\"/\" is every process of the host".to_owned()),
+            });
+        }
+    }
+    Ok(path)
+}
+
 fn root(value: &Value<'_>) -> Result<String, Fault> {
     let path = text(value)?;
     if path.bytes().all(|b| b == b'/') && !path.is_empty() {
@@ -511,20 +571,27 @@ fn root(value: &Value<'_>) -> Result<String, Fault> {
             help: Some("name a cgroup of its own, such as \"/agents.slice\"".to_owned()),
         });
     }
+    plain(path, "root")
+}
+
+/// The path of a cgroup, which is none of the hierarchy's top; `what` it is of.
+fn plain(path: &str, what: &str) -> Result<String, Fault> {
     let Some(relative) = path.strip_prefix('/') else {
         return fault(format!(
-            "root `{path}` must start with `/`: it is a path below the cgroup v2 mount"
+            "{what} `{path}` must start with `/`: it is a path below the cgroup v2 mount"
         ));
     };
     for part in relative.split('/') {
         if matches!(part, "" | "." | "..") {
             return fault(format!(
-                "root `{path}` must not have empty, `.` or `..` parts"
+                "{what} `{path}` must not have empty, `.` or `..` parts"
             ));
         }
         if part.contains(|c: char| c.is_control() || matches!(c, '*' | '?' | '[' | ']' | '{' | '}'))
         {
-            return fault(format!("root `{path}` must be a plain path, not a pattern"));
+            return fault(format!(
+                "{what} `{path}` must be a plain path, not a pattern"
+            ));
         }
     }
     Ok(path.to_owned())

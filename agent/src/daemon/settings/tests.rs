@@ -65,6 +65,9 @@ fn the_documented_defaults_are_the_defaults() {
         every = "off"
         [metrics]
         listen = "off"
+        [discover]
+        traffic = false
+        cgroup = "/"
     "#;
     let settings = Settings::parse("x", documented).unwrap();
     assert_eq!(settings, Settings::default());
@@ -74,7 +77,8 @@ fn the_documented_defaults_are_the_defaults() {
 #[test]
 fn the_packaged_file_says_every_default() {
     // These have no default that could be written.
-    const WITHOUT: [&str; 7] = [
+    const WITHOUT: [&str; 8] = [
+        "apis",
         "otlp",
         "signing_key",
         "mask",
@@ -108,7 +112,7 @@ fn the_packaged_file_says_every_default() {
         Settings::parse("x", &said.join("\n")).unwrap(),
         Settings::default()
     );
-    assert_eq!(keys, 30, "{said:#?}");
+    assert_eq!(keys, 32, "{said:#?}");
 }
 
 #[test]
@@ -121,6 +125,7 @@ fn every_key_can_be_set() {
         reconcile.every = "off"
         probe.every = "15m"
         metrics.listen = "127.0.0.1:9464"
+        discover = { traffic = true, apis = ["API.example.com.", "b.test"], cgroup = "/user.slice" }
         limits = { agents = 0x400, prefixes = 100000, addresses = 5, rule_sets = 6 }
     "#;
     let s = Settings::parse("x", text).unwrap();
@@ -138,6 +143,10 @@ fn every_key_can_be_set() {
     assert_eq!(s.reconcile.every, None);
     assert_eq!(s.probe.every, Some(Duration::from_secs(900)));
     assert_eq!(s.metrics.listen, Some("127.0.0.1:9464".parse().unwrap()));
+    assert!(s.discover.traffic);
+    let apis = s.discover.apis.as_deref().unwrap_or_default();
+    assert_eq!(apis, ["api.example.com", "b.test"]);
+    assert_eq!(s.discover.cgroup, "/user.slice");
     assert_eq!(s.limits.agents, Some(1_024));
     assert_eq!(s.limits.rule_sets, Some(6));
 }
@@ -245,4 +254,39 @@ fn a_named_file_must_be_there() {
         error.to_string(),
         "cannot read settings `/nonexistent/remit.toml`"
     );
+}
+
+#[test]
+fn what_is_observed_is_names_and_a_cgroup_outside_the_roots() {
+    let found = mistakes("[discover]\napis = [\"api.example.com\", \"*.example.com\"]\n");
+    assert_eq!(
+        found,
+        [
+            "remit.toml:2:28: error: `apis`: `*.example.com` is a pattern, and only a name can be \
+          looked up\n2 | apis = [\"api.example.com\", \"*.example.com\"]\n  | \
+          \u{20}                          ^^^^^^^^^^^^^^^\nhelp: write each host's name, such as \
+          \"api.example.com\""
+        ]
+    );
+    refused("[discover]\napis = []\n", "must not be empty");
+    refused(
+        "[discover]\napis = [\"https://a.example/v1\"]\n",
+        "is a URL, not a name",
+    );
+    refused("[discover]\napis = [\"192.0.2.1\"]\n", "is not a host name");
+    refused("[discover]\ncgroup = \"user.slice\"\n", "start with `/`");
+    refused("[discover]\ncgroup = \"/a/*\"\n", "not a pattern");
+    for inside in ["/agents.slice", "/agents.slice/a.service"] {
+        refused(
+            &format!("[discover]\ncgroup = \"{inside}\"\n"),
+            "nothing would be observed",
+        );
+    }
+    refused(
+        "[enforcement]\nroots = [\"/x\"]\n[discover]\ncgroup = \"/x/y\"\n",
+        "inside root `/x`",
+    );
+    refused("[discover]\ntrafic = true\n", "unknown key `trafic`");
+    let beside = "[discover]\ncgroup = \"/agents.slices\"\n";
+    assert!(Settings::parse("x", beside).is_ok());
 }
