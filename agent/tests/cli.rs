@@ -633,7 +633,14 @@ fn only_root_lifts_the_fence() {
         fs::set_permissions(path, mode).unwrap();
     }
     let program = folder.path().join("remit");
-    fs::copy(env!("CARGO_BIN_EXE_remit"), &program).unwrap();
+    // By another process: while this one writes, a child that another test starts would hold the
+    // file open for writing, and it could not be executed (ETXTBSY).
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_remit"))
+        .arg(&program)
+        .status()
+        .unwrap();
+    assert!(copied.success());
     let output = Command::new(&program)
         .args(["daemon", "--detach-all", "--yes"])
         .env("REMIT_CONFIG", &file)
