@@ -124,7 +124,7 @@ fn booted() -> Result<String> {
 fn twin_was_heard() -> Result<()> {
     let counts = settled(TWIN, 1)?;
     sh(&format!("systemctl stop {TWIN}"))?;
-    let heard = ear::listen()?.of("out", TWIN);
+    let heard = ear::forgive()?.of("out", TWIN);
     let sent = sum(counts.side(true), |lane| lane.passed);
     claim(heard >= sent && sent > 0, || {
         format!("of {sent} of {TWIN} the ear heard {heard}")

@@ -27,6 +27,8 @@ use crate::support::{
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Heard(BTreeMap<String, u64>);
 
+/// Who says nothing.
+const NOBODY: &str = "?";
 const IDLE: Duration = Duration::from_millis(3);
 /// A connection that says nothing for so long is counted as nobody's.
 const NAMELESS: Duration = Duration::from_secs(2);
@@ -86,6 +88,21 @@ pub fn listen() -> Result<Heard> {
     })
 }
 
+/// Forgives what has arrived so far and did not say whose it is: a twin without a fence was ended,
+/// perhaps between connecting and saying its name. Returns what was heard.
+pub fn forgive() -> Result<Heard> {
+    let heard = listen()?;
+    fs::write(forgiven(), heard.of("out", NOBODY).to_string())?;
+    Ok(heard)
+}
+
+/// What has arrived out of scope, did not say whose it is, and was not forgiven.
+pub fn nameless(heard: &Heard) -> u64 {
+    let forgiven = fs::read_to_string(forgiven()).unwrap_or_default();
+    let forgiven = forgiven.parse().unwrap_or(0);
+    heard.of("out", NOBODY).saturating_sub(forgiven)
+}
+
 /// `remit-tests machine-ear`: until it is ended. Tells systemd when it listens.
 pub fn serve() -> Result<ExitCode> {
     link_up(LO).context("cannot bring lo up")?;
@@ -109,6 +126,8 @@ pub fn serve() -> Result<ExitCode> {
     fs::create_dir_all(COUNTS).with_context(|| format!("cannot make {COUNTS}"))?;
     let mut heard = Heard::default();
     write(&file(), &heard)?;
+    // Of another boot.
+    drop(fs::remove_file(forgiven()));
     if let Some(manager) = env::var_os("NOTIFY_SOCKET") {
         UnixDatagram::unbound()?.send_to(b"READY=1", PathBuf::from(manager))?;
     }
@@ -158,6 +177,10 @@ fn file() -> PathBuf {
     PathBuf::from(COUNTS).join("ear.json")
 }
 
+fn forgiven() -> PathBuf {
+    PathBuf::from(COUNTS).join("forgiven")
+}
+
 fn spots() -> Result<Vec<(&'static str, IpAddr)>> {
     [
         ("in", IN_V4),
@@ -170,11 +193,11 @@ fn spots() -> Result<Vec<(&'static str, IpAddr)>> {
     .collect()
 }
 
-/// What an arrival is counted under: who says nothing is `?`.
+/// What an arrival is counted under.
 fn key(place: &str, said: &[u8]) -> String {
     let name = String::from_utf8_lossy(said);
     match name.lines().next().unwrap_or_default() {
-        "" => format!("{place} ?"),
+        "" => format!("{place} {NOBODY}"),
         name => format!("{place} {name}"),
     }
 }

@@ -63,7 +63,7 @@ fn boots() -> Result<String> {
         )?;
     }
     sh("systemctl stop outsider.service")?;
-    let heard = ear::listen()?;
+    let heard = ear::forgive()?;
     let sent = sum(counts.side(true), |lane| lane.passed);
     claim(heard.of("out", "outsider") >= sent, || {
         format!("of {sent} the ear heard {:?}", heard.out())

@@ -238,12 +238,15 @@ pub fn fenced(name: &str) -> Result<Counts> {
 /// Nothing of the agent has arrived out of scope, nor anything that did not say whose it is.
 pub fn silent(name: &str) -> Result<()> {
     let heard = ear::listen()?;
-    for who in [name, "?"] {
-        claim(heard.of("out", who) == 0, || {
-            format!("the ear heard {who} out of scope: {:?}", heard.out())
-        })?;
-    }
-    Ok(())
+    claim(
+        heard.of("out", name) == 0 && ear::nameless(&heard) == 0,
+        || {
+            format!(
+                "the ear heard {name} or somebody without a name out of scope: {:?}",
+                heard.out()
+            )
+        },
+    )
 }
 
 /// From now on all that is in scope passes and arrives.
