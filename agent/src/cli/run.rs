@@ -124,25 +124,31 @@ fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     }
     let mut child = launch.spawn(&hierarchy, &cgroup)?;
     signals.forward_to(&child)?;
-    let is_adopted = adopt(&mut child, &cgroup, &description)?;
+    let scope = adopt(&mut child, &cgroup, &description)?;
     let exit = child.wait()?;
-    // What the command left running stays fenced, and keeps its cgroup. A scope is systemd's to clear
-    // away: one whose cgroup goes before systemd has seen it empty is waited for until its time to
-    // stop is over, a minute and a half.
-    if !is_adopted {
-        drop(hierarchy.remove(&cgroup));
+    // What the command left running stays fenced, and keeps its cgroup.
+    match scope {
+        // Systemd's to clear away: one whose cgroup goes before systemd has seen it empty is waited
+        // for until its time to stop is over, a minute and a half. It may be gone already.
+        Some(scope) => {
+            let left = hierarchy.processes(&cgroup, true);
+            if left.is_ok_and(|left| left.is_empty()) {
+                drop(scope.end());
+            }
+        }
+        None => drop(hierarchy.remove(&cgroup)),
     }
     Ok(Outcome::Child(exit.code))
 }
 
 /// Makes the command's cgroup a scope of systemd's, where that is process 1 and the agent's selector
-/// leads to a place where a scope can be; whether it is one now. It is fenced either way.
-fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<bool> {
+/// leads to a place where a scope can be, and returns it. It is fenced either way.
+fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<Option<Scope>> {
     let Some(scope) = Scope::at(cgroup).filter(|_| launch::is_managed()) else {
-        return Ok(false);
+        return Ok(None);
     };
     let Err(error) = scope.adopt(child.pid(), description) else {
-        return Ok(true);
+        return Ok(Some(scope));
     };
     // One that has ended needs none.
     if child.try_wait()?.is_none() {
@@ -152,7 +158,7 @@ fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<bo
             output::plain(&why)
         ));
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn hierarchy(settings: &Settings) -> Result<Hierarchy> {

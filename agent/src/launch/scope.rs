@@ -3,7 +3,7 @@
 //!
 //! A scope is made of processes that are there already (systemd.scope(5)), and its cgroup is found by
 //! its name. So the command is born where the fence has it, at once, and systemd takes over the very
-//! directory: id, attribution and fence stay. `busctl` makes the one call, since a D-Bus library
+//! directory: id, attribution and fence stay. `busctl` makes the calls, since a D-Bus library
 //! would be fifty crates for it.
 
 use std::{
@@ -68,32 +68,48 @@ impl Scope {
     /// # Errors
     /// When systemd cannot be asked or refuses. The process goes on where it is.
     pub fn adopt(&self, pid: u32, description: &str) -> Result<(), Error> {
-        const ASK: &str = "have systemd take over the command's cgroup";
-        let failed = |why: String| Error::system(ASK, std::io::Error::other(why));
-        let busctl = BUSCTL.iter().find(|path| Path::new(path).is_file());
-        let busctl = busctl.ok_or_else(|| failed("there is no busctl".to_owned()))?;
-        let asked = Command::new(busctl)
-            .args([TIMEOUT, "call"])
-            .args(["org.freedesktop.systemd1", "/org/freedesktop/systemd1"])
-            .args(["org.freedesktop.systemd1.Manager", "StartTransientUnit"])
-            .args(["ssa(sv)a(sa(sv))", &self.name, "fail", "4"])
-            .args(["Description", "s", description])
-            .args(["Slice", "s", &self.slice])
-            .args(["PIDs", "au", "1", &pid.to_string()])
-            // A command that fails leaves nothing behind to be reset by hand.
-            .args(["CollectMode", "s", "inactive-or-failed"])
-            .arg("0")
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .output()
-            .map_err(|error| Error::system(ASK, error))?;
-        if asked.status.success() {
-            return Ok(());
-        }
-        let said = String::from_utf8_lossy(&asked.stderr);
-        Err(failed(said.trim().to_owned()))
+        let pid = pid.to_string();
+        let mut arguments = vec!["ssa(sv)a(sa(sv))", &self.name, "fail", "4"];
+        arguments.extend(["Description", "s", description]);
+        arguments.extend(["Slice", "s", &self.slice]);
+        arguments.extend(["PIDs", "au", "1", &pid]);
+        // A command that fails leaves nothing behind to be reset by hand.
+        arguments.extend(["CollectMode", "s", "inactive-or-failed", "0"]);
+        let what = "have systemd take over the command's cgroup";
+        call(what, "StartTransientUnit", &arguments)
     }
+
+    /// Has systemd end the scope, and whatever is left in it. One whose last process was gone before
+    /// systemd looked stays for ever else: systemd waits for its cgroup to become empty.
+    ///
+    /// # Errors
+    /// When systemd cannot be asked or refuses, also where it has ended the scope by itself.
+    pub fn end(&self) -> Result<(), Error> {
+        let what = "have systemd end the command's scope";
+        call(what, "StopUnit", &["ss", &self.name, "replace"])
+    }
+}
+
+/// Calls a method of systemd's manager.
+fn call(what: &'static str, method: &str, arguments: &[&str]) -> Result<(), Error> {
+    let failed = |why: String| Error::system(what, std::io::Error::other(why));
+    let busctl = BUSCTL.iter().find(|path| Path::new(path).is_file());
+    let busctl = busctl.ok_or_else(|| failed("there is no busctl".to_owned()))?;
+    let asked = Command::new(busctl)
+        .args([TIMEOUT, "call"])
+        .args(["org.freedesktop.systemd1", "/org/freedesktop/systemd1"])
+        .args(["org.freedesktop.systemd1.Manager", method])
+        .args(arguments)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .output()
+        .map_err(|error| Error::system(what, error))?;
+    if asked.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&asked.stderr);
+    Err(failed(said.trim().to_owned()))
 }
 
 /// Whether a name can be a unit's (systemd.unit(5)).
