@@ -70,6 +70,8 @@ pub struct Recorder {
     /// When the ring last had a record.
     heard: Option<Instant>,
     health: Health,
+    /// Since when settling is put off.
+    put_off: Option<Instant>,
     watch: Option<Watch>,
 }
 
@@ -120,6 +122,7 @@ impl Recorder {
             unguarded: BTreeSet::new(),
             heard: None,
             health: Health::default(),
+            put_off: None,
             watch: None,
         }
     }
@@ -263,8 +266,10 @@ impl Recorder {
     /// pay for what is in the ring, so it has to be emptied before they are asked, and what is not
     /// written then has lost its details: a backlog is given time to be written first.
     pub fn settle_in_time(&mut self, enforcer: &mut Enforcer) {
-        let long_ago = |settled: Instant| settled.elapsed() >= BACKLOG;
-        if self.drain(enforcer) || self.health.settled.is_none_or(long_ago) {
+        let drained = self.drain(enforcer);
+        // From now on, not from the last time: a daemon that was held up has the more to write.
+        let put_off = *self.put_off.get_or_insert_with(Instant::now);
+        if drained || put_off.elapsed() >= BACKLOG {
             self.settle(enforcer);
         }
     }
@@ -282,6 +287,7 @@ impl Recorder {
     /// Takes in what the ring has, then what folds and losses still owe.
     pub fn settle(&mut self, enforcer: &mut Enforcer) {
         self.empty(enforcer);
+        self.put_off = None;
         self.health.drained = Some(Instant::now());
         self.prune();
         let now = crate::kernel::boot_nanos();
