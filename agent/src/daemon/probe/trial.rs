@@ -53,7 +53,7 @@ pub(super) struct Trial<'a> {
 }
 
 impl<'a> Trial<'a> {
-    /// Tries everything; what was tried goes to `attempts`, also if it could not be ended.
+    /// Tries everything; what was tried goes to `attempts`, also where the rest could not be.
     pub(super) fn run(
         ground: &'a Ground,
         steps: &'a channel::Sender<Step>,
@@ -61,8 +61,7 @@ impl<'a> Trial<'a> {
     ) -> Result<(), Unclear> {
         let mut trial = Self::start(ground, steps)?;
         trial.tables();
-        trial.names()?;
-        let tried = trial.everything();
+        let tried = trial.names().and_then(|()| trial.everything());
         *attempts = std::mem::take(&mut trial.attempts);
         trial.end();
         tried
