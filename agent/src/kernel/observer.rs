@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent_ebpf::abi::{Addr, EXEMPT, NOTES, Seen, SeenKey, WATCHED};
+use agent_ebpf::abi::{Addr, Seen, SeenKey};
 use aya::Ebpf;
 
 use super::{
@@ -26,6 +26,7 @@ use super::{
     error::AttachError,
     object::{self, Expected},
     sys,
+    table::bulk,
 };
 
 /// The object as built beside this binary.
@@ -141,10 +142,10 @@ impl Observer {
             cgroup: id,
             directory: directory.to_owned(),
             links,
-            watched: map(&ebpf, "watched", Keyed::Free, WATCHED)?,
-            exempt: map(&ebpf, "exempt", Keyed::Free, EXEMPT)?,
-            seen: map(&ebpf, "seen", Keyed::Free, NOTES)?,
-            begun: map(&ebpf, "begun", Keyed::Array, 1)?,
+            watched: map(&ebpf, "watched", Keyed::Free)?,
+            exempt: map(&ebpf, "exempt", Keyed::Free)?,
+            seen: map(&ebpf, "seen", Keyed::Free)?,
+            begun: map(&ebpf, "begun", Keyed::Array)?,
             watching: BTreeSet::new(),
             exempted: BTreeSet::new(),
             _ebpf: ebpf,
@@ -170,7 +171,7 @@ impl Observer {
         self.links.iter().map(of).collect()
     }
 
-    /// Watches these addresses and no others; at most [`WATCHED`] of them.
+    /// Watches these addresses and no others; at most [`WATCHED`](agent_ebpf::abi::WATCHED) of them.
     ///
     /// # Errors
     /// When the kernel does not take them all.
@@ -180,7 +181,7 @@ impl Observer {
         follow(&self.watched, &mut self.watching, wanted, key)
     }
 
-    /// Leaves out what is in these cgroups and below; at most [`EXEMPT`] of them.
+    /// Leaves out what is in these cgroups and below; at most [`EXEMPT`](agent_ebpf::abi::EXEMPT) of them.
     ///
     /// # Errors
     /// When the kernel does not take them all.
@@ -249,7 +250,6 @@ fn map<K: Plain + Eq + std::hash::Hash, V: Plain>(
     ebpf: &Ebpf,
     name: &'static str,
     keyed: Keyed,
-    entries: u32,
 ) -> Result<Bulk<K, V>, OpenError> {
     let map = ebpf.map(name).and_then(object::data);
     let map = map.ok_or(OpenError::MapMissing { name })?;
@@ -270,10 +270,5 @@ fn map<K: Plain + Eq + std::hash::Hash, V: Plain>(
             });
         }
     }
-    let fd = map.fd().as_fd().try_clone_to_owned();
-    let fd = fd.map_err(|source| OpenError::Pins {
-        path: name.into(),
-        source,
-    })?;
-    Ok(Bulk::new(fd, keyed, entries))
+    bulk(ebpf, name, keyed)
 }

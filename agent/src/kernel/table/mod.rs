@@ -126,7 +126,7 @@ pub struct Tables {
 }
 
 /// A map of the loaded object, which has compared the sizes of its keys and values.
-fn bulk<K: Plain + Eq + std::hash::Hash, V: Plain>(
+pub(super) fn bulk<K: Plain + Eq + std::hash::Hash, V: Plain>(
     ebpf: &Ebpf,
     name: &'static str,
     keyed: Keyed,
