@@ -7,6 +7,7 @@ mod brief;
 mod flood;
 mod follow;
 mod journal;
+mod left;
 pub mod metrics;
 pub mod reader;
 
@@ -17,6 +18,7 @@ pub fn cases() -> Vec<Case> {
         access::cases(),
         follow::cases(),
         journal::cases(),
+        left::cases(),
         flood::cases(),
         brief::cases(),
     ]

@@ -74,6 +74,8 @@ pub struct Key {
 /// Repeats that a fold slot counted after its last record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Residual {
+    /// The slot's number, CPU in the upper half.
+    pub id: u32,
     /// The slot: what happened, and to whom.
     pub fold: Fold,
     /// Attempts to write.
@@ -240,7 +242,7 @@ impl Ledger {
                 slot.settled = certain;
                 slot.waiting_since = None;
                 if let Some(count) = self.post(now, key, due) {
-                    residuals.push(Residual { fold, count });
+                    residuals.push(Residual { id, fold, count });
                 }
             }
             let waiting = fold.seen.saturating_sub(slot.settled);

@@ -315,8 +315,11 @@ impl ProcessInfo {
 // === impl EntryRef ===
 
 impl EntryRef {
-    /// `billing-recon.toml:31`, or `built in`.
+    /// `billing-recon.toml:31`, `built in`, or `unknown`.
     pub(super) fn place(&self) -> String {
+        if *self == Self::unknown() {
+            return self.name.clone();
+        }
         if self.file.is_empty() {
             return "built in".to_owned();
         }

@@ -112,6 +112,9 @@ impl std::ops::Add for Lost {
     }
 }
 
+/// What an entry says that is not known any more.
+const UNKNOWN: &str = "unknown";
+
 /// The agent of an event, as its registry entry says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
@@ -185,10 +188,22 @@ pub struct EntryRef {
     pub name: String,
     /// What it says.
     pub text: String,
-    /// Its file; empty for what is built in.
+    /// Its file; empty for what is in none.
     pub file: String,
-    /// Its line, from 1; 0 for what is built in.
+    /// Its line, from 1; 0 for what is in none.
     pub line: u32,
+}
+
+impl EntryRef {
+    /// An entry decided, and which is not known any more.
+    pub fn unknown() -> Self {
+        Self {
+            name: UNKNOWN.to_owned(),
+            text: "an entry of an earlier registry".to_owned(),
+            file: String::new(),
+            line: 0,
+        }
+    }
 }
 
 // === impl Lost ===
@@ -203,6 +218,20 @@ impl Lost {
 // === impl Subject ===
 
 impl Subject {
+    /// An agent that had left the registry before this daemon began: only its id is known.
+    pub fn former(id: impl Into<String>) -> Self {
+        let id = id.into();
+        Self {
+            name: id.clone(),
+            id,
+            owner: UNKNOWN.to_owned(),
+            hash: UNKNOWN.to_owned(),
+            approval_ref: None,
+            expires: None,
+            registered: true,
+        }
+    }
+
     /// The pseudo-agent of processes that no agent claims; `hash` is that of the rules that hold
     /// for them.
     pub fn unregistered(hash: impl Into<String>) -> Self {

@@ -177,6 +177,9 @@ fn the_entry_that_decided_is_named_with_its_place() {
     );
     assert_eq!(entry["desc"], "agents.d/billing-recon.toml:31");
     assert_eq!(rule(None)["uid"], "default-deny");
+    let unknown = rule(Some(EntryRef::unknown()));
+    assert_eq!(unknown["uid"], "unknown");
+    assert_eq!(unknown["desc"], "unknown");
 }
 
 #[test]

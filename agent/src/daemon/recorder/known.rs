@@ -6,13 +6,13 @@ use std::{
     sync::Arc,
 };
 
-use agent_ebpf::abi::{NO_ENTRY, UNREGISTERED};
+use agent_ebpf::abi::{Event, Fold, NO_ENTRY, UNREGISTERED};
 
 use super::Recorder;
 use crate::{
-    audit::{Context, ProcessInfo, Subject},
+    audit::{Context, EntryRef, ProcessInfo, Subject},
     kernel::Enforcer,
-    policy::{AgentTables, Entry},
+    policy::AgentTables,
 };
 
 /// Policies whose entries are remembered after they have left force: records may lag behind, by
@@ -23,6 +23,9 @@ const POLICIES: usize = 4096;
 /// prefixes that changes every minute must not fill the memory with what it was.
 const REMEMBERED: usize = 250_000;
 
+/// Stands for a policy that is not known: no policy has this id.
+const LOST: u64 = u64::MAX;
+
 /// Cgroup paths remembered, so that a burst of records costs one look-up.
 const PATHS: usize = 4096;
 
@@ -31,6 +34,23 @@ const PATHS: usize = 4096;
 pub(super) struct Known {
     pub(super) subject: Subject,
     pub(super) entries: Arc<AgentTables>,
+}
+
+/// What the last record of a fold's tenant said, for the repeats that get none of their own. Numbers of
+/// entries mean something only with the policy.
+pub(super) struct Tenant {
+    generation: u32,
+    policy: u64,
+    entry: u32,
+}
+
+impl Known {
+    fn nobody() -> Self {
+        Self {
+            subject: Subject::unregistered(String::new()),
+            entries: Arc::new(AgentTables::nobody()),
+        }
+    }
 }
 
 /// A cgroup that records name by its id.
@@ -72,7 +92,7 @@ impl Recorder {
         tables: impl IntoIterator<Item = &'a Arc<AgentTables>>,
     ) {
         self.revision = revision;
-        self.present.clear();
+        let mut past = std::mem::take(&mut self.present);
         for tables in tables {
             let Some(index) = enforcer.index_of(&tables.id) else {
                 continue;
@@ -93,6 +113,21 @@ impl Recorder {
                 self.order.push_back(policy);
             }
             self.present.insert(index, (policy, known));
+        }
+        // What an agent that left the registry was refused is its own for ever: the next daemon adds
+        // up the lines of each id.
+        let mut former = std::mem::take(&mut self.former);
+        let nobody = Arc::new(AgentTables::nobody());
+        for (id, index) in enforcer.indices() {
+            if self.present.contains_key(&index) || index == UNREGISTERED {
+                continue;
+            }
+            let known = past.remove(&index).map(|(_, known)| known);
+            let known = known.or_else(|| former.remove(&index));
+            // Entries are those of policies, and remembered as long as these.
+            let subject = known.map_or_else(|| Subject::former(id), |known| known.subject);
+            let entries = Arc::clone(&nobody);
+            self.former.insert(index, Known { subject, entries });
         }
         self.forget();
         // Cgroups come and go with the registry's changes as well.
@@ -151,15 +186,42 @@ impl Recorder {
         self.order = kept;
     }
 
+    /// An agent as it was under a policy; 0 for the present one. Under one that nobody remembers
+    /// numbers of entries mean nothing.
     pub(super) fn known(&self, agent: u32, policy: u64) -> Known {
-        self.policies
-            .get(&policy)
-            .or_else(|| self.present.get(&agent).map(|(_, known)| known))
-            .cloned()
-            .unwrap_or_else(|| Known {
-                subject: Subject::unregistered(String::new()),
+        if let Some(known) = self.policies.get(&policy) {
+            return known.clone();
+        }
+        let present = self.present.get(&agent).map(|(_, known)| known);
+        let known = present.or_else(|| self.former.get(&agent));
+        match known {
+            Some(known) if policy == 0 => known.clone(),
+            Some(known) => Known {
+                subject: known.subject.clone(),
                 entries: Arc::new(AgentTables::nobody()),
-            })
+            },
+            None => Known::nobody(),
+        }
+    }
+
+    /// Takes note of what a record says of its fold.
+    pub(super) fn note(&mut self, event: &Event) {
+        let tenant = Tenant {
+            generation: event.generation,
+            policy: event.policy,
+            entry: event.entry,
+        };
+        self.tenants.insert(event.fold, tenant);
+    }
+
+    /// The agent of a fold as it was when the last record of it was made, and the entry. Where that
+    /// record was lost, which entry it was is not known either.
+    pub(super) fn known_of(&self, id: u32, fold: &Fold) -> (Known, u32) {
+        let tenant = self.tenants.get(&id);
+        match tenant.filter(|tenant| tenant.generation == fold.generation) {
+            Some(tenant) => (self.known(fold.agent, tenant.policy), tenant.entry),
+            None => (self.known(fold.agent, LOST), fold.entry),
+        }
     }
 
     fn whereabouts(&mut self, cgroup: u64) -> Option<Whereabouts> {
@@ -188,13 +250,11 @@ impl Recorder {
         time: u64,
         count: u64,
     ) -> Context {
-        let entry: Option<&Entry> = (entry != NO_ENTRY)
-            .then(|| {
-                usize::try_from(entry)
-                    .ok()
-                    .and_then(|at| known.entries.entries.get(at))
-            })
-            .flatten();
+        let entry = (entry != NO_ENTRY).then(|| {
+            let at = usize::try_from(entry).ok();
+            at.and_then(|at| known.entries.entries.get(at))
+                .map_or_else(EntryRef::unknown, EntryRef::from)
+        });
         let (path, invocation) = match self.whereabouts(cgroup) {
             Some(place) => (Some(place.path), place.invocation),
             None => (None, None),
@@ -205,7 +265,7 @@ impl Recorder {
             process: self.processes.enrich(process),
             cgroup: path,
             invocation,
-            entry: entry.map(Into::into),
+            entry,
             dst_name: None,
             revision: self.revision,
             count,

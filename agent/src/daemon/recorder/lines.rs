@@ -78,10 +78,10 @@ impl Recorder {
         }
     }
 
-    pub(super) fn write_fold(&mut self, now: u64, fold: &Fold, count: u64) {
-        let known = self.known(fold.agent, 0);
+    pub(super) fn write_fold(&mut self, now: u64, id: u32, fold: &Fold, count: u64) {
+        let (known, entry) = self.known_of(id, fold);
         let process = ProcessInfo::from_fold(fold);
-        let mut context = self.context(&known, process, fold.cgroup, fold.entry, now, count);
+        let mut context = self.context(&known, process, fold.cgroup, entry, now, count);
         context.dst_name = self.hostname(fold.agent, fold.addr);
         if let Some(violation) = Violation::from_fold(fold, context) {
             self.write(now, fold.agent, &violation, count);

@@ -12,7 +12,7 @@ use std::{
 use agent_ebpf::abi::{Cause, Event, Fold, RING_BYTES};
 use tracing::warn;
 
-use self::known::{Hostnames, Known, Whereabouts};
+use self::known::{Hostnames, Known, Tenant, Whereabouts};
 use super::time::{Offset, wall_millis};
 use crate::{
     audit::{Allowance, Exports, Ledger, Log, Lost, Mask, Processes, ocsf::Host},
@@ -55,6 +55,10 @@ pub struct Recorder {
     policies: HashMap<u64, Known>,
     order: VecDeque<u64>,
     present: HashMap<u32, (u64, Known)>,
+    /// Agents that have a number in the kernel and are not in force any more.
+    former: HashMap<u32, Known>,
+    /// By the fold's number.
+    tenants: HashMap<u32, Tenant>,
     paths: HashMap<u64, Option<Whereabouts>>,
     exports: Exports,
     /// When old files were looked for last.
@@ -110,6 +114,8 @@ impl Recorder {
             policies: HashMap::new(),
             order: VecDeque::new(),
             present: HashMap::new(),
+            former: HashMap::new(),
+            tenants: HashMap::new(),
             paths: HashMap::new(),
             exports: Exports::default(),
             pruned: None,
@@ -221,6 +227,7 @@ impl Recorder {
                 if event.cause == Cause::NoGuard as u8 {
                     self.unguarded.insert(event.agent);
                 }
+                self.note(event);
                 if let Some(count) = self.ledger.record(now, event) {
                     self.write_event(now, event, count);
                 }
@@ -245,6 +252,7 @@ impl Recorder {
             let events = enforcer.drain(CHUNK);
             let now = crate::kernel::boot_nanos();
             for event in &events {
+                self.note(event);
                 let Some(count) = self.ledger.record(now, event) else {
                     continue;
                 };
@@ -297,7 +305,7 @@ impl Recorder {
             .map(|(cpu, slot, fold)| (cpu << 16 | slot, fold))
             .collect();
         for residual in self.ledger.folds(now, folds) {
-            self.write_fold(now, &residual.fold, residual.count);
+            self.write_fold(now, residual.id, &residual.fold, residual.count);
         }
         let counters: Vec<_> = enforcer
             .indices()
