@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     audit::human,
-    cgroup::{CgroupPath, Hierarchy},
+    cgroup::Hierarchy,
     control::protocol::{RunGrant, RunRequest},
     daemon::{
         settings::{CgroupMount, Settings},
@@ -86,6 +86,7 @@ fn alone(settings: &Settings, policy: PathBuf, launch: &Launch) -> Result {
     };
 
     let mut signals = Signals::catch()?;
+    let description = format!("Agent {}, by remit run", tables.id);
     let fence = Standalone::raise(settings, &compiled.compilation, tables)?;
     if let Some(signal) = signals.interrupted() {
         fence.end()?;
@@ -97,6 +98,9 @@ fn alone(settings: &Settings, policy: PathBuf, launch: &Launch) -> Result {
         .spawn(fence.hierarchy(), fence.cgroup())
         .and_then(|mut child| {
             signals.forward_to(&child)?;
+            if let Some(scope) = fence.scope() {
+                adopt(&mut child, &scope, &description)?;
+            }
             child.wait()
         });
     // Whatever became of the command, nothing in its cgroup outlives the fence.
@@ -124,7 +128,11 @@ fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     }
     let mut child = launch.spawn(&hierarchy, &cgroup)?;
     signals.forward_to(&child)?;
-    let scope = adopt(&mut child, &cgroup, &description)?;
+    // Where the agent's selector leads to a place where a scope can be.
+    let scope = match Scope::at(&cgroup).filter(|_| launch::is_managed()) {
+        Some(scope) => adopt(&mut child, &scope, &description)?.then_some(scope),
+        None => None,
+    };
     let exit = child.wait()?;
     // What the command left running stays fenced, and keeps its cgroup.
     match scope {
@@ -141,14 +149,14 @@ fn as_agent(settings: &Settings, agent: String, launch: &Launch) -> Result {
     Ok(Outcome::Child(exit.code))
 }
 
-/// Makes the command's cgroup a scope of systemd's, where that is process 1 and the agent's selector
-/// leads to a place where a scope can be, and returns it. It is fenced either way.
-fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<Option<Scope>> {
-    let Some(scope) = Scope::at(cgroup).filter(|_| launch::is_managed()) else {
-        return Ok(None);
-    };
+/// Has systemd make a scope of the command's cgroup, and says whether it did. It is fenced either way.
+fn adopt(
+    child: &mut Child,
+    scope: &Scope,
+    description: &str,
+) -> std::result::Result<bool, launch::Error> {
     let Err(error) = scope.adopt(child.pid(), description) else {
-        return Ok(Some(scope));
+        return Ok(true);
     };
     // One that has ended needs none.
     if child.try_wait()?.is_none() {
@@ -158,7 +166,7 @@ fn adopt(child: &mut Child, cgroup: &CgroupPath, description: &str) -> Result<Op
             output::plain(&why)
         ));
     }
-    Ok(None)
+    Ok(false)
 }
 
 fn hierarchy(settings: &Settings) -> Result<Hierarchy> {

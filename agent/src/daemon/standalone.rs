@@ -1,7 +1,8 @@
 //! A fence without a daemon, for one command: `remit run --policy FILE -- CMD`.
 //!
 //! The command gets a cgroup tree of its own: a root, fenced before anything runs in it, and in
-//! it the agent's cgroup. When the command ends, what is left in the tree is killed and seen empty
+//! it the agent's cgroup. Where systemd is process 1 they are where it would put a slice and a scope in
+//! it, and the caller has it [take them over](Standalone::scope). When the command ends, what is left in the tree is killed and seen empty
 //! before the fence is lifted. If this process dies first, the pinned fence stays, and a later
 //! remit command [sweeps](sweep) it once the tree is empty.
 //!
@@ -30,21 +31,33 @@ use super::{
 use crate::{
     cgroup::{self, CgroupPath, Hierarchy, Populated},
     kernel,
+    launch::{self, Scope},
     policy::{AgentTables, Compilation},
 };
 
-/// Below the v2 mount; each run has a root of its own in it.
-const PLACE: &str = "/remit.run";
+/// Below the v2 mount; each run has a root of its own in it where systemd is not process 1.
+const BARE: &str = "/remit.run";
+/// The same where it is.
+const SLICE: &str = "remit";
 /// How long killed processes may take to be gone.
 const EMPTY_WITHIN: Duration = Duration::from_secs(30);
+/// How often the common parent may go while a run's cgroups are made below it.
+const MAKE_TRIES: usize = 100;
 
 /// A fence that is up, with nothing in it yet.
 pub struct Standalone {
     hierarchy: Hierarchy,
-    root: CgroupPath,
-    agent: CgroupPath,
+    place: Place,
     pins: PathBuf,
     watch: Watch,
+}
+
+/// Where a run has its cgroups.
+struct Place {
+    root: CgroupPath,
+    agent: CgroupPath,
+    /// What systemd knows the root as, if it is told.
+    slice: Option<String>,
 }
 
 impl Standalone {
@@ -59,33 +72,20 @@ impl Standalone {
             what: "read /proc/self/stat",
             source,
         })?;
-        let path = |text: String| {
-            CgroupPath::new(&text).map_err(|why| DaemonError::Root(text.clone(), why))
-        };
-        let root = path(format!("{PLACE}/{name}"))?;
-        let agent = path(format!("{PLACE}/{name}/agent"))?;
+        let place = Place::of(&name, launch::is_managed())?;
         let pins = settings.paths.bpffs.join("run").join(&name);
-        let raised = Self::raise_at(
-            settings,
-            &hierarchy,
-            compilation,
-            tables,
-            &root,
-            &agent,
-            &pins,
-        );
+        let raised = Self::raise_at(settings, &hierarchy, compilation, tables, &place, &pins);
         match raised {
             Ok(watch) => Ok(Self {
                 hierarchy,
-                root,
-                agent,
+                place,
                 pins,
                 watch,
             }),
             Err(error) => {
                 // Nothing ran in it yet, so nothing is unfenced by this.
                 drop(kernel::remove_pins(&pins));
-                drop(hierarchy.remove(&root));
+                drop(hierarchy.remove(&place.root));
                 Err(error)
             }
         }
@@ -96,8 +96,7 @@ impl Standalone {
         hierarchy: &Hierarchy,
         compilation: &Compilation,
         tables: &AgentTables,
-        root: &CgroupPath,
-        agent: &CgroupPath,
+        place: &Place,
         pins: &Path,
     ) -> Result<Watch, DaemonError> {
         let offset = Offset::read();
@@ -111,7 +110,8 @@ impl Standalone {
         let mut image = force::image(tables, &clock);
         let uses_names = names::mark(&guard, tables, &mut image);
         let images = [force::image(unregistered, &clock), image];
-        hierarchy.create(agent)?;
+        place.make(hierarchy)?;
+        let Place { root, agent, .. } = place;
         // Where there is no bpffs yet, one is mounted for all runs, not for this one.
         kernel::prepare_bpffs(&settings.paths.bpffs)?;
         let rate = settings.log.per_agent_rate;
@@ -146,7 +146,12 @@ impl Standalone {
 
     /// Where the command is to run.
     pub fn cgroup(&self) -> &CgroupPath {
-        &self.agent
+        &self.place.agent
+    }
+
+    /// What systemd would have made of that cgroup; none where systemd is not process 1.
+    pub fn scope(&self) -> Option<Scope> {
+        Scope::at(&self.place.agent).filter(|_| self.place.slice.is_some())
     }
 
     /// Kills what is left, sees the tree empty, lifts the fence and removes the tree. Returns the
@@ -155,10 +160,11 @@ impl Standalone {
     /// # Errors
     /// When something could not be killed: then the fence stays.
     pub fn end(self) -> Result<Vec<Value>, DaemonError> {
-        self.hierarchy.kill(&self.root)?;
+        let root = &self.place.root;
+        self.hierarchy.kill(root)?;
         if !self
             .hierarchy
-            .wait_empty(&self.root, Instant::now() + EMPTY_WITHIN)?
+            .wait_empty(root, Instant::now() + EMPTY_WITHIN)?
         {
             return Err(DaemonError::System {
                 what: "see the command's cgroup empty; its fence stays",
@@ -174,12 +180,65 @@ impl Standalone {
             enforcer.detach_all().map_err(lift)?;
         }
         kernel::remove_pins(&self.pins).map_err(lift)?;
-        self.hierarchy.remove(&self.root)?;
-        // The common parent goes with the last of them.
-        if let Some(place) = self.root.parent() {
-            drop(self.hierarchy.remove(&place));
-        }
+        self.place.clear(&self.hierarchy)?;
         Ok(lines)
+    }
+}
+
+// === impl Place ===
+
+impl Place {
+    /// Of the run of this [`name`].
+    fn of(name: &str, managed: bool) -> Result<Self, DaemonError> {
+        let path = |text: String| {
+            CgroupPath::new(&text).map_err(|why| DaemonError::Root(text.clone(), why))
+        };
+        if !managed {
+            return Ok(Self {
+                root: path(format!("{BARE}/{name}"))?,
+                agent: path(format!("{BARE}/{name}/agent"))?,
+                slice: None,
+            });
+        }
+        // A dash in a slice's name is a slice above it, and a unit's name has no plus
+        // (systemd.slice(5), systemd.unit(5)).
+        let unit = name.replace('-', "_").replace('+', ".");
+        let slice = format!("{SLICE}-{unit}.slice");
+        let root = format!("/{SLICE}.slice/{slice}");
+        Ok(Self {
+            agent: path(format!("{root}/{unit}.scope"))?,
+            root: path(root)?,
+            slice: Some(slice),
+        })
+    }
+
+    /// Removes the cgroups, in which nothing runs any more.
+    fn clear(&self, hierarchy: &Hierarchy) -> Result<(), cgroup::Error> {
+        // What is systemd's goes by systemd, or it waits for a cgroup that is gone. It knows nothing of
+        // it where it was not asked to take it over.
+        if let Some(slice) = &self.slice
+            && launch::stop(slice).is_ok()
+        {
+            return Ok(());
+        }
+        hierarchy.remove(&self.root)?;
+        // The common parent goes with the last of them, and only if it is empty: another run may be
+        // about to start in its own part of it.
+        if let Some(parent) = self.root.parent() {
+            drop(fs::remove_dir(hierarchy.directory(&parent)));
+        }
+        Ok(())
+    }
+
+    /// Makes the cgroups. Another run that ends may take the common parent away in between.
+    fn make(&self, hierarchy: &Hierarchy) -> Result<(), cgroup::Error> {
+        let mut tries = 0..MAKE_TRIES;
+        loop {
+            match hierarchy.create(&self.agent) {
+                Err(error) if cgroup::Error::is_missing(&error) && tries.next().is_some() => {}
+                made => return made.map(drop),
+            }
+        }
     }
 }
 
@@ -222,17 +281,14 @@ pub fn try_fence(settings: &Settings) -> Result<Vec<(&'static str, bool)>, Daemo
         what: "read /proc/self/stat",
         source,
     })?;
-    let text = format!("{PLACE}/{name}");
-    let root = CgroupPath::new(&text).map_err(|why| DaemonError::Root(text.clone(), why))?;
+    // Nothing will run in it: nothing for systemd to know.
+    let place = Place::of(&name, false)?;
     let pins = settings.paths.bpffs.join("run").join(&name);
-    let tried = try_fence_at(settings, &hierarchy, &root, &pins);
+    let tried = try_fence_at(settings, &hierarchy, &place.root, &pins);
     // Nothing ran in it, so nothing is unfenced by this; what cannot be removed now is swept by a
     // later command.
     drop(kernel::remove_pins(&pins));
-    drop(hierarchy.remove(&root));
-    if let Some(place) = root.parent() {
-        drop(hierarchy.remove(&place));
-    }
+    drop(place.clear(&hierarchy));
     tried
 }
 
@@ -276,16 +332,22 @@ pub fn sweep(settings: &Settings) -> Vec<String> {
         let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
-        let Ok(root) = CgroupPath::new(format!("{PLACE}/{name}")) else {
-            continue;
-        };
-        if is_alive(&name) || !is_empty(&hierarchy, &root) {
+        if is_alive(&name) {
             continue;
         }
-        if kernel::remove_pins(&entry.path()).is_ok() {
-            drop(hierarchy.remove(&root));
-            if let Some(place) = root.parent() {
-                drop(hierarchy.remove(&place));
+        // Of a trial, or from before systemd was there, it is a bare one.
+        let places: Result<Vec<_>, _> = [false, true]
+            .into_iter()
+            .map(|managed| Place::of(&name, managed))
+            .collect();
+        let Ok(places) = places else {
+            continue;
+        };
+        let empty = |place: &Place| is_empty(&hierarchy, &place.root);
+        if places.iter().all(empty) && kernel::remove_pins(&entry.path()).is_ok() {
+            let there = |place: &&Place| hierarchy.exists(&place.root);
+            for place in places.iter().filter(there) {
+                drop(place.clear(&hierarchy));
             }
             swept.push(name);
         }
@@ -305,6 +367,17 @@ fn is_empty(hierarchy: &Hierarchy, root: &CgroupPath) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn systemd_would_put_a_run_where_it_is() {
+        let place = Place::of("billing+recon-17-4711", true).unwrap();
+        let scope = Scope::at(&place.agent).unwrap();
+        assert_eq!(scope.name, "billing.recon_17_4711.scope");
+        assert_eq!(Some(scope.slice), place.slice);
+        assert_eq!(place.agent.parent().as_ref(), Some(&place.root));
+        let bare = Place::of("billing+recon-17-4711", false).unwrap();
+        assert_eq!(Scope::at(&bare.agent), None);
+    }
 
     #[test]
     fn a_name_tells_whether_its_maker_lives() {

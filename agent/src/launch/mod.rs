@@ -49,7 +49,7 @@ use crate::cgroup::{self, CgroupPath, Hierarchy};
 pub use child::Step;
 use child::{Joining, Plan};
 pub use program::Program;
-pub use scope::{Scope, is_managed};
+pub use scope::{Scope, is_managed, stop};
 pub use signals::Signals;
 pub use stdio::StdioError;
 pub use user::{Account, User, UserError};

@@ -85,9 +85,18 @@ impl Scope {
     /// # Errors
     /// When systemd cannot be asked or refuses, also where it has ended the scope by itself.
     pub fn end(&self) -> Result<(), Error> {
-        let what = "have systemd end the command's scope";
-        call(what, "StopUnit", &["ss", &self.name, "replace"])
+        stop(&self.name)
     }
+}
+
+/// Has systemd stop a unit of its own: a scope, or a slice with all that is in it. The cgroup goes with
+/// it, a moment later.
+///
+/// # Errors
+/// When systemd cannot be asked, refuses, or knows no such unit.
+pub fn stop(unit: &str) -> Result<(), Error> {
+    let what = "have systemd end the command's cgroup";
+    call(what, "StopUnit", &["ss", unit, "replace"])
 }
 
 /// Calls a method of systemd's manager.
