@@ -12,6 +12,8 @@ const MANIFEST: &str = include_str!("../Cargo.toml");
 const README: &str = include_str!("../../README.md");
 const UNIT: &str = include_str!("../package/systemd/agent-unit.conf");
 const FENCE: &str = include_str!("../package/systemd/remit-fence.service");
+const FENCE_OF: &str = include_str!("../package/systemd/remit-fence@.service");
+const OF_SLICE: &str = include_str!("../package/systemd/slice.conf");
 const DAEMON: &str = include_str!("../package/systemd/remit.service");
 const SLICE: &str = include_str!("../package/systemd/agents.slice");
 
@@ -63,6 +65,22 @@ fn an_agents_unit_is_the_same_in_the_readme_and_the_template() {
     let guard = |text| lines(text).any(|line| line == "ExecStartPre=+remit guard --unit %n");
     assert!(guard(README));
     assert!(guard(&UNIT.replace("/usr/bin/remit", "remit")));
+}
+
+#[test]
+fn the_fence_of_a_slice_is_raised_as_that_of_the_boot() {
+    let service = |text: &str| -> Vec<String> {
+        let all = lines(text).skip_while(|line| *line != "[Service]");
+        let of = all.take_while(|line| *line != "[Install]");
+        let of = of.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        of.map(str::to_owned).collect()
+    };
+    assert!(service(FENCE).len() > 20);
+    assert_eq!(service(FENCE_OF), service(FENCE));
+    for needs in ["Requires", "After", "PropagatesStopTo"] {
+        let line = format!("{needs}=remit-fence@%n.service");
+        assert!(lines(OF_SLICE).any(|other| other == line), "{line}");
+    }
 }
 
 #[test]

@@ -28,6 +28,7 @@ mod install;
 mod leave;
 mod life;
 mod system;
+mod users;
 
 const CONSOLE: &str = "/dev/console";
 const STATE: &str = "/var/lib/remit-check/state.json";
@@ -60,6 +61,7 @@ fn steps() -> Vec<Step> {
     [
         install::steps(),
         agents::steps(),
+        users::steps(),
         life::steps(),
         boot::steps(),
         leave::steps(),

@@ -17,6 +17,18 @@ use crate::daemon::{
     fence::{self, Stood},
 };
 
+/// Arguments of `remit fence`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Only make the roots and the folder of the pins where they are missing. The units do this with
+    /// more rights than they leave to what follows.
+    #[arg(long, conflicts_with = "pins")]
+    prepare: bool,
+    /// Only print the folder that the fence is pinned in: removing it lifts the fence.
+    #[arg(long)]
+    pins: bool,
+}
+
 /// The fence as JSON.
 #[derive(Debug, Serialize)]
 struct Report<'f> {
@@ -29,8 +41,16 @@ struct Report<'f> {
     fell_back: Option<&'f str>,
 }
 
-pub(super) fn run(global: &Global, output: &Output) -> Result {
+pub(super) fn run(global: &Global, arguments: &Arguments, output: &Output) -> Result {
     let settings = global.settings()?;
+    if arguments.pins {
+        output.line(settings.paths.bpffs.display())?;
+        return Ok(Outcome::Yes);
+    }
+    if arguments.prepare {
+        fence::prepare(&settings)?;
+        return Ok(Outcome::Yes);
+    }
     tracing_subscriber::fmt()
         .with_env_filter(
             EnvFilter::try_from_env("REMIT_LOG").unwrap_or_else(|_| EnvFilter::new("info")),

@@ -76,7 +76,7 @@ enum Command {
     /// Enforce the registry: load the fence, keep it true, write down what it refuses.
     Daemon(daemon::Arguments),
     /// See to it that the fence stands, and end: for the boot, before the daemon.
-    Fence,
+    Fence(fence::Arguments),
     /// Run a command as an agent, and exit as it does.
     Run(run::Arguments),
     /// Compile the registry offline and print the findings.
@@ -157,7 +157,7 @@ impl Global {
         }
         match command {
             Command::Daemon(arguments) => daemon::run(self, &arguments),
-            Command::Fence => fence::run(self, &output),
+            Command::Fence(arguments) => fence::run(self, &arguments, &output),
             Command::Run(arguments) => run::run(self, arguments),
             Command::Check(arguments) => check::run(self, &arguments, &output),
             Command::Explain(arguments) => explain::run(self, &arguments, &output),

@@ -6,6 +6,8 @@
 //! belong to nobody yet, and so reach nothing.
 
 use std::{
+    fs::DirBuilder,
+    os::unix::fs::DirBuilderExt as _,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -25,7 +27,7 @@ use crate::{
     kernel,
 };
 
-/// How long a daemon that runs may take to fence a root that was made anew.
+/// How long whoever holds the lock may take to fence a root that was made anew.
 const DAEMON: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -54,23 +56,49 @@ pub struct Fenced {
     pub stood: Stood,
 }
 
+/// Makes what a fence needs and a service without the right to write just anywhere cannot make: the
+/// roots, and the folder of the pins. It mounts nothing and raises nothing.
+///
+/// # Errors
+/// When one of them is missing and cannot be made.
+pub fn prepare(settings: &Settings) -> Result<(), DaemonError> {
+    create_roots(settings, &core::hierarchy(settings)?)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&settings.paths.bpffs)
+        .map_err(|source| DaemonError::System {
+            what: "make the folder of the pins",
+            source,
+        })
+}
+
 /// Sees to it that a fence stands on every root.
 ///
 /// # Errors
 /// When it cannot be raised, or does not read back as it should: nothing may start behind it.
 pub fn raise(settings: &Settings, options: &Options) -> Result<Fenced, DaemonError> {
-    let (stood, hierarchy) = match Lock::take(&settings.paths.run) {
-        Ok(lock) => {
-            let stood = found_or_raised(settings, options)?;
-            drop(lock);
-            stood
+    let until = Instant::now() + DAEMON;
+    let (stood, hierarchy) = loop {
+        match Lock::take(&settings.paths.run) {
+            Ok(lock) => {
+                let stood = found_or_raised(settings, options)?;
+                drop(lock);
+                break stood;
+            }
+            // By a daemon, which may be starting or about to fence a root anew, or by another of
+            // these, which ends.
+            Err(LockError::Held(_)) => {
+                let hierarchy = core::hierarchy(settings)?;
+                let roots = create_roots(settings, &hierarchy)?;
+                match stands(settings, &hierarchy, &roots) {
+                    Ok(()) => break (Stood::Daemon, hierarchy),
+                    Err(why) if Instant::now() >= until => return Err(DaemonError::Fence(why)),
+                    Err(_) => sleep(PAUSE),
+                }
+            }
+            Err(error) => return Err(error.into()),
         }
-        Err(LockError::Held(_)) => {
-            let hierarchy = core::hierarchy(settings)?;
-            await_daemon(settings, &hierarchy)?;
-            (Stood::Daemon, hierarchy)
-        }
-        Err(error) => return Err(error.into()),
     };
     // By the pins alone, as whoever comes next will find it.
     let roots = create_roots(settings, &hierarchy)?;
@@ -118,19 +146,6 @@ fn found_or_raised(
         fell_back: ground.force.fell_back.clone(),
     };
     Ok((stood, hierarchy))
-}
-
-/// Waits for the daemon that holds the lock: it may be starting, or about to fence a root anew.
-fn await_daemon(settings: &Settings, hierarchy: &Hierarchy) -> Result<(), DaemonError> {
-    let until = Instant::now() + DAEMON;
-    loop {
-        let roots = create_roots(settings, hierarchy)?;
-        match stands(settings, hierarchy, &roots) {
-            Ok(()) => return Ok(()),
-            Err(why) if Instant::now() >= until => return Err(DaemonError::Fence(why)),
-            Err(_) => sleep(PAUSE),
-        }
-    }
 }
 
 /// Whether each root is fenced, by what is pinned; the error says what is missing.

@@ -22,14 +22,17 @@ use crate::{
 pub const SUITES: [&str; 2] = ["bookworm", "trixie"];
 
 /// What the machine has besides the packages that are essential to Debian, and apt.
-const PACKAGES: [&str; 12] = [
+const PACKAGES: [&str; 15] = [
     "adduser",
+    "crun",
     "dbus",
     "init-system-helpers",
     "iproute2",
     "kmod",
+    "libpam-systemd",
     "linux-image-cloud-amd64",
     "logrotate",
+    "podman",
     "procps",
     "sudo",
     "systemd",
