@@ -11,13 +11,13 @@ use anyhow::{Context as _, Result};
 
 use super::{
     Step,
-    agent::Counts,
+    agent::{COUNTS, Counts},
     system::{
         Beside, PROGRAM, SLICE, Setup, accounted, agent_unit, attempt, fenced, in_scope_passes,
         logged, property, register, sh, silent, sum,
     },
 };
-use crate::support::{claim, eventually, expect};
+use crate::support::{Agent, claim, eventually, expect};
 
 /// Sixty-four digits, as Docker names a container.
 const CONTAINER: &str = "5d2b3ee7a0c14f6aa1d0d2f1c7b8e9f00123456789abcdef0123456789abcdef";
@@ -34,7 +34,10 @@ pub(super) fn steps() -> Vec<Step> {
             "a_container_below_its_scope_is_fenced_and_passes",
             a_container,
         ),
+        Step::Case("a_container_of_podman_is_fenced_and_passes", a_podman),
         Step::Case("remit_run_makes_a_scope_that_systemd_knows", a_run),
+        Step::Case("remit_run_of_a_policy_makes_one_too", a_run_alone),
+        Step::Case("a_killed_remit_run_leaves_its_scope_fenced", a_run_killed),
     ]
 }
 
@@ -191,4 +194,114 @@ fn a_run() -> Result<String> {
         claim(left.is_empty(), || format!("left: {left}"))
     })?;
     Ok(format!("systemd knows it as {scope}"))
+}
+
+/// A root file system of one program, run as the README says.
+fn a_podman() -> Result<String> {
+    const ROOT: &str = "/var/lib/remit-check/container";
+    register("podman-agent", &["/agents.slice/libpod-*.scope"])?;
+    sh(&format!("mkdir -p {ROOT} && cp {PROGRAM} {ROOT}/agent"))?;
+    // The driver that needs nothing of the kernel.
+    fs::create_dir_all("/etc/containers")?;
+    fs::write(
+        "/etc/containers/storage.conf",
+        "[storage]\ndriver = \"vfs\"\nrunroot = \"/run/containers/storage\"\n\
+         graphroot = \"/var/lib/containers/storage\"\n",
+    )?;
+    let running = Beside::start(&format!(
+        "podman run --rm --name podman-agent --cgroup-parent=agents.slice --network=host \
+         --log-driver=none --volume {COUNTS}:{COUNTS} --rootfs {ROOT} /agent machine-agent podman-agent"
+    ))?;
+    eventually(20, || Counts::read("podman-agent").map(drop))?;
+    in_scope_passes("podman-agent")?;
+    fenced("podman-agent")?;
+    let id = sh("podman ps --no-trunc --quiet")?;
+    sh("podman stop --time 2 podman-agent")?;
+    running.end(30)?;
+    silent("podman-agent")?;
+    let lines = accounted("podman-agent", 1)?;
+    let line = lines.last().context("no line")?;
+    expect(
+        "its container",
+        line.text("/unmapped/container_id"),
+        id.as_str(),
+    )?;
+    let inside = line.text("/unmapped/cgroup");
+    claim(
+        inside.starts_with(&format!("{SLICE}/libpod-{id}.scope")),
+        || format!("its cgroup is {inside}"),
+    )?;
+    sh("podman --version")
+}
+
+/// A policy without a daemon, which goes on meanwhile. Returns the run, and its scope's name.
+fn start_alone(name: &str) -> Result<(Beside, String)> {
+    const FOLDER: &str = "/root/policies";
+    let entry = Agent::standard(name).toml("/nowhere");
+    fs::create_dir_all(FOLDER)?;
+    fs::write(format!("{FOLDER}/{name}.toml"), entry)?;
+    let running = Beside::start(&format!(
+        "/usr/bin/remit run --policy {FOLDER}/{name}.toml -- {PROGRAM} machine-agent {name}"
+    ))?;
+    eventually(15, || Counts::read(name).map(drop))?;
+    in_scope_passes(name)?;
+    let pid = fenced(name)?.pid;
+    let inside = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let (slice, scope) = inside
+        .trim()
+        .strip_prefix("0::/remit.slice/")
+        .and_then(|below| below.split_once('/'))
+        .with_context(|| format!("it runs in {inside}"))?;
+    for unit in [slice, scope] {
+        let state = property(unit, "ActiveState")?;
+        expect(unit, state.as_str(), "active")?;
+    }
+    Ok((running, scope.to_owned()))
+}
+
+/// Neither a cgroup, nor a unit, nor a pin of runs without a daemon is left.
+fn nothing_is_left() -> Result<()> {
+    eventually(10, || {
+        let left = sh(
+            "ls -d /sys/fs/cgroup/remit.slice/*/ /sys/fs/bpf/remit/run/* 2>/dev/null; \
+             systemctl list-units --all --plain --no-legend 'remit-*.slice' '*lone*.scope'",
+        );
+        let left = left.unwrap_or_default();
+        claim(left.is_empty(), || format!("left: {left}"))
+    })
+}
+
+fn a_run_alone() -> Result<String> {
+    let (running, scope) = start_alone("alone")?;
+    let began = Instant::now();
+    sh(&format!("systemctl stop {scope}"))?;
+    claim(began.elapsed() < Duration::from_secs(45), || {
+        format!("{scope} took {} s to stop", began.elapsed().as_secs())
+    })?;
+    running.end(20)?;
+    silent("alone")?;
+    nothing_is_left()?;
+    // One that ends by itself.
+    let ended = attempt("remit run --policy /root/policies/alone.toml -- /bin/true")?;
+    expect("the exit code", ended.code, 0)?;
+    expect("what is said", ended.stderr.trim(), "")?;
+    nothing_is_left()?;
+    Ok(format!("systemd knows it as {scope}"))
+}
+
+fn a_run_killed() -> Result<String> {
+    let (running, scope) = start_alone("lonely")?;
+    // Its guard kills it.
+    drop(running);
+    fenced("lonely")?;
+    sh("remit status >/dev/null; true")?;
+    fenced("lonely")?;
+    sh(&format!("systemctl stop {scope}"))?;
+    silent("lonely")?;
+    let swept = attempt("remit status")?;
+    claim(swept.stderr.contains("swept the fence"), || {
+        format!("said: {}", swept.stderr)
+    })?;
+    nothing_is_left()?;
+    Ok(String::new())
 }

@@ -23,6 +23,8 @@ pub const PROGRAM: &str = "/usr/local/bin/remit-tests";
 /// The slice of all agents.
 pub const SLICE: &str = "/agents.slice";
 const LOGS: &str = "/var/log/remit";
+/// What the last process beside the driver complained of.
+const BESIDE: &str = "/var/lib/remit-check/beside.log";
 const UNITS: &str = "/etc/systemd/system";
 
 /// Runs a shell command; what it says if it succeeds.
@@ -322,7 +324,7 @@ impl Beside {
             .args(["-c", &format!("exec {command}")])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(fs::File::create(BESIDE).with_context(|| format!("cannot make {BESIDE}"))?)
             .spawn()
             .with_context(|| format!("cannot start {command}"))?;
         Ok(Self(child))
@@ -364,6 +366,7 @@ pub fn explain() {
         format!("systemctl --no-pager --full -n 0 status {units}"),
         "journalctl --no-pager -b -n 25 -o short-monotonic -u 'remit*' -u 'agents*'".to_owned(),
         "tail -n 3 /var/log/remit/violations.jsonl".to_owned(),
+        format!("tail -n 10 {BESIDE}"),
         "ls -R /sys/fs/bpf | head -n 40".to_owned(),
     ] {
         if let Ok(said) = attempt(&command) {
