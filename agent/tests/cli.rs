@@ -19,8 +19,8 @@ use remit::{
     control::{
         HoldState, Processes,
         protocol::{
-            Answer, Code, Drift, DriftSummary, Held, HoldInfo, Posture, Reached, Reconciled,
-            Refusal, Reload, Traffic,
+            Answer, Code, Drift, DriftSummary, Former, Held, HoldInfo, Posture, Reached,
+            Reconciled, Refusal, Reload, Traffic,
         },
     },
 };
@@ -322,6 +322,12 @@ fn status_shows_guards_agents_and_the_last_violation() {
         // Ahead of every clock: however long the others here take, its age is none.
         guard.checked_ms = i64::MAX;
     }
+    said.former.push(Former {
+        id: "old-agent".to_owned(),
+        denied: 12,
+        monitored: 0,
+        by_reason: [("floor".to_owned(), 12)].into(),
+    });
     let answers = Answers {
         status: said,
         ..Answers::default()
@@ -346,6 +352,8 @@ billing-recon
   cgroup /agents.slice/billing-recon.service, processes: 2
   reasons floor 1, out_of_scope 2
   last denied billing-recon \\x1b[31mcurl to 192.0.2.7:443/tcp
+
+old-agent has left the registry: 12 denied, 0 monitored until then
 
 registry: 3 files, 0 errors, 1 warning
 drift: registry and kernel were not compared yet

@@ -79,7 +79,12 @@ fn verified(ctx: &mut Ctx) -> Result<Outcome> {
     let names = nix::sys::utsname::uname()?;
     let release = names.release().to_string_lossy().into_owned();
     let version = release.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-    let daemon = start(ctx, 1)?;
+    // With the observer, which is an object of its own; it watches the case's own cgroup.
+    let more = format!(
+        "[discover]\ntraffic = true\napis = [\"api.test\"]\ncgroup = \"{}\"\n",
+        ctx.root()
+    );
+    let daemon = start(ctx, 1, more)?;
     let found = programs(daemon.pid()?)?;
     let said: Vec<String> = found
         .iter()
@@ -127,7 +132,7 @@ fn reload(
         };
         let mut counts = Vec::new();
         for agents in AGENTS {
-            let daemon = start(ctx, agents)?;
+            let daemon = start(ctx, agents, String::new())?;
             if tally.writes() == 0 {
                 bail!("the daemon started without a write: the count is broken");
             }
@@ -186,9 +191,15 @@ fn agent(number: u32) -> Agent {
     Agent::standard(&format!("agent{number}"))
 }
 
-fn start(ctx: &Ctx, agents: u32) -> Result<Guarded> {
+fn start(ctx: &Ctx, agents: u32, more: String) -> Result<Guarded> {
     let root = Cgroup::create(&ctx.root())?;
-    let place = Place::lay(ctx, &Settings::default())?;
+    let settings = Settings {
+        // Nobody answers there: what the observer would look up is looked up nowhere else.
+        dns: "upstream = [\"127.0.0.1:9\"]\n".to_owned(),
+        more,
+        ..Settings::default()
+    };
+    let place = Place::lay(ctx, &settings)?;
     for number in 1..=agents {
         place.write(&agent(number))?;
     }

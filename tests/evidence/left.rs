@@ -105,9 +105,35 @@ fn left(ctx: &mut Ctx) -> Result<()> {
     fx.daemon.terminate()?;
     fx.daemon.restart()?;
     all_told(&fx, alpha, beta)?;
-    let said = fx.place().remit(&["log", "verify"])?;
-    expect("exit code of remit log verify", said.code, 0)
-        .with_context(|| format!("{}{}", said.stdout, said.stderr))
+    verified(&fx, alpha, beta)
+}
+
+/// `remit status` and `remit log verify` know of them, and the latter misses a line of theirs.
+fn verified(fx: &Fixture, alpha: u64, beta: u64) -> Result<()> {
+    let status = fx.place().status()?.0;
+    for (at, (id, count)) in [("alpha", alpha), ("beta", beta)].into_iter().enumerate() {
+        let former = &status["former"][at];
+        expect("who left", former["id"].as_str(), Some(id))?;
+        expect(id, former["denied"].as_u64(), Some(count))?;
+    }
+    let verify = || fx.place().remit(&["log", "verify"]);
+    let said = verify()?;
+    let text = || format!("{}{}", said.stdout, said.stderr);
+    expect("exit code of remit log verify", said.code, 0).with_context(text)?;
+    let sum = format!("{0} attempts in the kernel, {0} in the log", alpha + beta);
+    claim(said.stdout.contains(&sum), text)?;
+
+    let path = fx.place().at("log/violations.jsonl");
+    let lines = fs::read_to_string(&path)?;
+    let of_alpha = lines
+        .lines()
+        .find(|line| line.contains("\"uid\":\"alpha\""))
+        .context("no line of alpha")?;
+    fs::write(&path, lines.replacen(&format!("{of_alpha}\n"), "", 1))?;
+    let said = verify()?;
+    let text = || format!("{}{}", said.stdout, said.stderr);
+    expect("exit code with a line less", said.code, 1).with_context(text)?;
+    claim(said.stdout.contains("agent alpha"), text)
 }
 
 fn changed(ctx: &mut Ctx) -> Result<()> {

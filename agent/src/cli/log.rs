@@ -344,13 +344,19 @@ fn accounting(global: &Global, settings: &Settings) -> Result<Option<Accounting>
 }
 
 fn counters(status: &Status) -> Vec<Counters> {
+    let former = status.former.iter().map(|former| Counters {
+        agent: former.id.clone(),
+        denied: former.denied,
+        monitored: former.monitored,
+        by_reason: former.by_reason.clone(),
+    });
     let counters = status.agents.iter().map(|agent| Counters {
         agent: agent.id.clone(),
         denied: agent.denied,
         monitored: agent.monitored,
         by_reason: agent.by_reason.clone(),
     });
-    counters.collect()
+    counters.chain(former).collect()
 }
 
 /// When the oldest line of a log was written; none where files before it were removed by nobody,

@@ -80,6 +80,14 @@ fn print(status: &Status, output: &Output) -> Result<()> {
         output.columns(&agents(&status.agents))?;
     }
     details(&status.agents, output)?;
+    for former in &status.former {
+        output.line(format_args!(
+            "\n{} has left the registry: {} denied, {} monitored until then",
+            plain(&former.id),
+            former.denied,
+            former.monitored,
+        ))?;
+    }
     output.line(format_args!(
         "\nregistry: {}, {}, {}",
         format::count(status.registry.files, "file"),

@@ -11,8 +11,8 @@ use crate::{
     control::{
         Call, Caller, Request,
         protocol::{
-            Agent, AgentStatus, Agents, Cgroup, Code, Entry, Guard, GuardState, HoldInfo, Refusal,
-            Registry, Reload, Status,
+            Agent, AgentStatus, Agents, Cgroup, Code, Entry, Former, Guard, GuardState, HoldInfo,
+            Refusal, Registry, Reload, Status,
         },
     },
     policy::{self, AgentTables},
@@ -100,6 +100,7 @@ impl Core {
             revision: self.force.revision,
             guards,
             agents,
+            former: self.former(),
             findings: self.force.findings.clone(),
             registry: Registry {
                 files: self.force.files as u64,
@@ -157,6 +158,25 @@ impl Core {
             .unwrap_or(abi::Counters::zeroed())
     }
 
+    fn former(&self) -> Vec<Former> {
+        let indices = self.enforcer.indices().into_iter();
+        let mut former: Vec<Former> = indices
+            .filter(|(id, _)| id != policy::UNREGISTERED_ID && !self.force.agents.contains_key(id))
+            .filter_map(|(id, index)| {
+                let counters = self.enforcer.counters(index)?;
+                let former = Former {
+                    id,
+                    denied: counters.denied.iter().sum(),
+                    monitored: counters.monitored.iter().sum(),
+                    by_reason: by_reason(&counters),
+                };
+                (former.denied + former.monitored > 0).then_some(former)
+            })
+            .collect();
+        former.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        former
+    }
+
     fn agent_status(&self, id: &str) -> Option<AgentStatus> {
         let agent = self.force.agents.get(id)?;
         let index = self.enforcer.index_of(id)?;
@@ -200,15 +220,6 @@ impl Core {
 
     fn status_of(&self, key: &str, id: &str, tables: &AgentTables, revision: u64) -> AgentStatus {
         let counters = self.counters(key);
-        let mut by_reason = BTreeMap::new();
-        for reason in Reason::ALL {
-            let at = usize::from(*reason as u8);
-            let count = counters.denied.get(at).copied().unwrap_or(0)
-                + counters.monitored.get(at).copied().unwrap_or(0);
-            if count > 0 {
-                by_reason.insert(reason.name().to_owned(), count);
-            }
-        }
         AgentStatus {
             id: id.to_owned(),
             name: tables.name.clone(),
@@ -222,7 +233,7 @@ impl Core {
             allowed: counters.allowed,
             denied: counters.denied.iter().sum(),
             monitored: counters.monitored.iter().sum(),
-            by_reason,
+            by_reason: by_reason(&counters),
             last_violation: self.recorder.last(id).cloned(),
             finding: None,
             hold: None,
@@ -325,4 +336,19 @@ pub(super) fn written(entry: &policy::Entry) -> Entry {
         line: entry.line,
         reason: entry.reason.clone(),
     }
+}
+
+/// Refused and monitored attempts by reason; those that did not happen are left out.
+fn by_reason(counters: &abi::Counters) -> BTreeMap<String, u64> {
+    let count = |reason: Reason| {
+        let at = usize::from(reason as u8);
+        let of = |counts: &[u64]| counts.get(at).copied().unwrap_or(0);
+        of(&counters.denied) + of(&counters.monitored)
+    };
+    let all = Reason::ALL
+        .iter()
+        .map(|reason| (reason.name(), count(*reason)));
+    all.filter(|(_, count)| *count > 0)
+        .map(|(name, count)| (name.to_owned(), count))
+        .collect()
 }

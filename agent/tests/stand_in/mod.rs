@@ -252,6 +252,7 @@ pub fn status(posture: Posture) -> Status {
                 },
             ),
         ],
+        former: Vec::new(),
         agents: vec![AgentStatus {
             id: "billing-recon".to_owned(),
             name: "Billing reconciliation".to_owned(),

@@ -66,6 +66,10 @@ pub struct Status {
     pub guards: Vec<Guard>,
     /// Each registered agent, sorted by id.
     pub agents: Vec<AgentStatus>,
+    /// Agents that have left the registry, and were refused something since the kernel counts; sorted
+    /// by id.
+    #[serde(default)]
+    pub former: Vec<Former>,
     /// Findings of the registry in force, rendered.
     pub findings: Vec<String>,
     /// What the registry was compiled from.
@@ -177,6 +181,19 @@ pub struct AgentStatus {
     /// How many there are.
     #[serde(default)]
     pub leased: u64,
+}
+
+/// What the kernel counted of an agent that is not in the registry any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Former {
+    /// Its id.
+    pub id: String,
+    /// Attempts refused.
+    pub denied: u64,
+    /// Attempts that only monitor mode let through.
+    pub monitored: u64,
+    /// Both by reason.
+    pub by_reason: BTreeMap<String, u64>,
 }
 
 /// An address that is open for a while, because a name in scope resolved to it.
