@@ -353,7 +353,7 @@ billing-recon
   reasons floor 1, out_of_scope 2
   last denied billing-recon \\x1b[31mcurl to 192.0.2.7:443/tcp
 
-old-agent has left the registry: 12 denied, 0 monitored until then
+left the registry: 1 agent, 12 denied and 0 monitored until then
 
 registry: 3 files, 0 errors, 1 warning
 drift: registry and kernel were not compared yet

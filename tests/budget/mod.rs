@@ -10,9 +10,9 @@ use serde::Deserialize;
 use crate::{
     harness::{Case, Outcome},
     support::{
-        Agent, Cgroup, Ctx, Daemon,
+        Agent, Cgroup, Ctx, Daemon, claim,
         daemon::{Place, Settings},
-        expect,
+        eventually, expect,
         programs::{held_by, infos},
         scale,
     },
@@ -79,13 +79,26 @@ fn verified(ctx: &mut Ctx) -> Result<Outcome> {
     let names = nix::sys::utsname::uname()?;
     let release = names.release().to_string_lossy().into_owned();
     let version = release.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-    // With the observer, which is an object of its own; it watches the case's own cgroup.
-    let more = format!(
-        "[discover]\ntraffic = true\napis = [\"api.test\"]\ncgroup = \"{}\"\n",
-        ctx.root()
-    );
-    let daemon = start(ctx, 1, more)?;
-    let found = programs(daemon.pid()?)?;
+    // With the observer, which is an object of its own and watches what is outside of the root.
+    let top = format!("/{}.watched", ctx.unique());
+    let _watched = Cgroup::create(&top)?;
+    let settings = Settings {
+        // Nobody answers there: what the observer would look up is looked up nowhere else.
+        dns: "upstream = [\"127.0.0.1:9\"]\n".to_owned(),
+        more: format!("[discover]\ntraffic = true\napis = [\"api.test\"]\ncgroup = \"{top}\"\n"),
+        ..Settings::default()
+    };
+    let place = Place::lay_in(ctx.dir(), &format!("{top}/agents.slice"), &settings)?;
+    place.write(&agent(1))?;
+    let daemon = Daemon::start(&place)?;
+    // The observer comes after the fence.
+    let found = eventually(5, || {
+        let found = programs(daemon.pid()?)?;
+        claim(found.contains_key("seen_connect4"), || {
+            format!("the observer is not there: {:?}", found.keys())
+        })?;
+        Ok(found)
+    })?;
     let said: Vec<String> = found
         .iter()
         .map(|(name, count)| format!("{name} {count}"))
@@ -132,7 +145,7 @@ fn reload(
         };
         let mut counts = Vec::new();
         for agents in AGENTS {
-            let daemon = start(ctx, agents, String::new())?;
+            let daemon = start(ctx, agents)?;
             if tally.writes() == 0 {
                 bail!("the daemon started without a write: the count is broken");
             }
@@ -191,15 +204,9 @@ fn agent(number: u32) -> Agent {
     Agent::standard(&format!("agent{number}"))
 }
 
-fn start(ctx: &Ctx, agents: u32, more: String) -> Result<Guarded> {
+fn start(ctx: &Ctx, agents: u32) -> Result<Guarded> {
     let root = Cgroup::create(&ctx.root())?;
-    let settings = Settings {
-        // Nobody answers there: what the observer would look up is looked up nowhere else.
-        dns: "upstream = [\"127.0.0.1:9\"]\n".to_owned(),
-        more,
-        ..Settings::default()
-    };
-    let place = Place::lay(ctx, &settings)?;
+    let place = Place::lay(ctx, &Settings::default())?;
     for number in 1..=agents {
         place.write(&agent(number))?;
     }

@@ -10,7 +10,7 @@ use super::{
     output::{Columns, Output, Tone, plain, plain_lines, talk},
 };
 use crate::control::protocol::{
-    AgentStatus, DriftSummary, Guard, GuardState, LastProbe, Posture, ProbeVerdict, Status,
+    AgentStatus, DriftSummary, Former, Guard, GuardState, LastProbe, Posture, ProbeVerdict, Status,
 };
 
 /// Arguments of `remit status`.
@@ -80,12 +80,13 @@ fn print(status: &Status, output: &Output) -> Result<()> {
         output.columns(&agents(&status.agents))?;
     }
     details(&status.agents, output)?;
-    for former in &status.former {
+    if !status.former.is_empty() {
+        let sum = |of: fn(&Former) -> u64| status.former.iter().map(of).sum::<u64>();
         output.line(format_args!(
-            "\n{} has left the registry: {} denied, {} monitored until then",
-            plain(&former.id),
-            former.denied,
-            former.monitored,
+            "\nleft the registry: {}, {} denied and {} monitored until then",
+            format::count(status.former.len() as u64, "agent"),
+            sum(|former| former.denied),
+            sum(|former| former.monitored),
         ))?;
     }
     output.line(format_args!(

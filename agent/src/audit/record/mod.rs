@@ -24,6 +24,8 @@ use crate::policy::tables::{AgentTables, Entry, UnixMillis};
 pub const UNREGISTERED: &str = "unregistered";
 /// `firewall_rule.uid` where no entry decided.
 pub const DEFAULT_DENY: &str = "default-deny";
+/// What an entry said that is not known any more.
+const UNKNOWN: &str = "unknown";
 
 /// Attempts of one kind, refused or let through by monitor mode.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,9 +114,6 @@ impl std::ops::Add for Lost {
     }
 }
 
-/// What an entry says that is not known any more.
-const UNKNOWN: &str = "unknown";
-
 /// The agent of an event, as its registry entry says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
@@ -192,18 +191,6 @@ pub struct EntryRef {
     pub file: String,
     /// Its line, from 1; 0 for what is in none.
     pub line: u32,
-}
-
-impl EntryRef {
-    /// An entry decided, and which is not known any more.
-    pub fn unknown() -> Self {
-        Self {
-            name: UNKNOWN.to_owned(),
-            text: "an entry of an earlier registry".to_owned(),
-            file: String::new(),
-            line: 0,
-        }
-    }
 }
 
 // === impl Lost ===
@@ -284,6 +271,18 @@ impl ProcessInfo {
 }
 
 // === impl EntryRef ===
+
+impl EntryRef {
+    /// An entry decided, and which is not known any more.
+    pub fn unknown() -> Self {
+        Self {
+            name: UNKNOWN.to_owned(),
+            text: "an entry of an earlier registry".to_owned(),
+            file: String::new(),
+            line: 0,
+        }
+    }
+}
 
 impl From<&Entry> for EntryRef {
     fn from(entry: &Entry) -> Self {
