@@ -7,9 +7,10 @@ use anyhow::{Context as _, Result};
 use super::{
     Step,
     agent::{COUNTS, Counts},
+    ear,
     system::{
-        PROGRAM, accounted, attempt, enforcing, fenced, in_scope_passes, property, register, sh,
-        silent, sum,
+        PROGRAM, accounted, attempt, enforcing, fenced, in_scope_passes, property, register,
+        settled, sh, silent, sum, unit,
     },
 };
 use crate::support::{claim, eventually, expect};
@@ -24,6 +25,10 @@ const SETTINGS: &str = "/etc/remit/remit.toml";
 
 pub(super) fn steps() -> Vec<Step> {
     vec![
+        Step::Case(
+            "the_users_systemd_is_a_way_out_without_containment",
+            way_out,
+        ),
         Step::Case("a_users_sessions_and_units_are_fenced", sessions),
         Step::Case("a_login_without_a_daemon_is_fenced", without_daemon),
     ]
@@ -81,10 +86,58 @@ fn runs_in(name: &str, part: &str) -> Result<String> {
     Ok(inside)
 }
 
-fn sessions() -> Result<String> {
+/// A unit of the user's own systemd.
+fn own_unit(unit: &str, name: &str) -> Result<()> {
+    let home = format!("/home/{USER}/.config/systemd/user");
+    sh(&format!("mkdir -p {home}/default.target.wants"))?;
+    fs::write(
+        format!("{home}/{unit}"),
+        format!("[Service]\nExecStart={PROGRAM} machine-agent {name}\n"),
+    )?;
+    sh(&format!("chown -R {USER}: /home/{USER}")).map(drop)
+}
+
+/// An agent asks the systemd of its user to start what it may not do itself. Nothing but unix sockets
+/// is used, which only containment will see.
+fn way_out() -> Result<String> {
+    const AGENT: &str = "asker";
+    const STRAY: &str = "stray";
     sh(&format!("useradd --create-home --uid {UID} {USER}"))?;
     // The user's agents leave their counts there as well.
     sh(&format!("chmod 1777 {COUNTS}"))?;
+    own_unit("stray.service", STRAY)?;
+    sh(&format!("loginctl enable-linger {USER}"))?;
+    eventually(10, || {
+        let state = property(&format!("user@{UID}.service"), "ActiveState")?;
+        expect("the user's systemd", state.as_str(), "active")
+    })?;
+    register(AGENT, &[])?;
+    unit(
+        &format!("{AGENT}.service"),
+        &format!(
+            "[Service]\nType=oneshot\nUser={USER}\nSlice=agents.slice\n\
+             ExecStartPre=+remit guard --unit %n\n\
+             Environment=XDG_RUNTIME_DIR=/run/user/{UID}\n\
+             ExecStart=/bin/systemctl --user start stray.service\n"
+        ),
+    )?;
+    sh(&format!(
+        "systemctl daemon-reload && systemctl start {AGENT}"
+    ))?;
+    let counts = settled(STRAY, 3)?;
+    runs_in(STRAY, &format!("/user@{UID}.service/"))?;
+    let passed = sum(counts.side(true), |lane| lane.passed);
+    sh(&format!(
+        "loginctl disable-linger {USER} && systemctl stop user@{UID}.service"
+    ))?;
+    let heard = ear::forgive()?.of("out", STRAY);
+    claim(passed > 0 && heard >= passed, || {
+        format!("{passed} passed and {heard} were heard: closed, or not tested")
+    })?;
+    Ok(format!("{passed} attempts outside of every root"))
+}
+
+fn sessions() -> Result<String> {
     let (slice, place) = (slice(), place());
     sh(&format!(
         "mkdir -p /etc/systemd/system/{slice}.d && \
@@ -98,15 +151,10 @@ fn sessions() -> Result<String> {
     register(OWN, &[&format!("{place}/user@{UID}.service")])?;
 
     // The user's own systemd, and a unit that starts with it.
-    let home = format!("/home/{USER}/.config/systemd/user");
-    sh(&format!("mkdir -p {home}/default.target.wants"))?;
-    fs::write(
-        format!("{home}/agent.service"),
-        format!("[Service]\nExecStart={PROGRAM} machine-agent {OWN}\n"),
-    )?;
+    own_unit("agent.service", OWN)?;
     sh(&format!(
-        "ln -s ../agent.service {home}/default.target.wants/ && \
-         chown -R {USER}: /home/{USER} && loginctl enable-linger {USER}"
+        "ln -s ../agent.service /home/{USER}/.config/systemd/user/default.target.wants/ && \
+         loginctl enable-linger {USER}"
     ))?;
     eventually(10, || Counts::read(OWN).map(drop))?;
     let own = runs_in(OWN, &format!("/user@{UID}.service/"))?;
