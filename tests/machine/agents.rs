@@ -265,8 +265,7 @@ fn nothing_is_left() -> Result<()> {
         let left = sh(
             "ls -d /sys/fs/cgroup/remit.slice/*/ /sys/fs/bpf/remit/run/* 2>/dev/null; \
              systemctl list-units --all --plain --no-legend 'remit-*.slice' '*lone*.scope'",
-        );
-        let left = left.unwrap_or_default();
+        )?;
         claim(left.is_empty(), || format!("left: {left}"))
     })
 }

@@ -35,6 +35,8 @@ struct Kernel {
     counters: BTreeMap<u32, Counters>,
     /// Submitted, and not counted yet.
     in_flight: Vec<Key>,
+    /// How many of these, from the first, were so at the last tick.
+    lagging: usize,
     attempts: Sums,
     /// Whether a slot remembers a record that was not submitted as one.
     marks_lost: bool,
@@ -48,6 +50,7 @@ impl Kernel {
             ring: VecDeque::new(),
             counters: BTreeMap::new(),
             in_flight: Vec::new(),
+            lagging: 0,
             attempts: Sums::new(),
             marks_lost,
         }
@@ -95,9 +98,11 @@ impl Kernel {
         *self.attempts.entry(kind.key).or_default() += 1;
     }
 
-    /// The counters catch up with all but the last `but` attempts.
+    /// The counters catch up with all but the last `but` attempts. An attempt is in flight for
+    /// nanoseconds, so that one tick may find it so, and no two.
     fn count(&mut self, but: usize) {
         let ready = self.in_flight.len().saturating_sub(but);
+        let ready = ready.max(std::mem::take(&mut self.lagging));
         for key in self.in_flight.drain(..ready) {
             let counters = self.counters.entry(key.agent).or_insert(Counters::zeroed());
             let counts: &mut [u64; REASONS] = match key.verdict {
@@ -194,6 +199,7 @@ impl Daemon {
         }
         self.never_more(kernel);
         kernel.count(but);
+        kernel.lagging = kernel.in_flight.len();
         for owed in self.ledger.tick(now, kernel.counters.clone()) {
             self.write(owed.key, owed.lost.sum());
         }
@@ -309,7 +315,6 @@ proptest! {
             }
             while kernel.now >= next {
                 next += SECOND;
-                // In-flight attempts last for nanoseconds, never for a tick.
                 kernel.count(lag);
                 daemon.tick(&mut kernel, torn.take(), lag);
                 if !disk_ever_full {
