@@ -71,9 +71,8 @@ fn gone_at_once() -> Case {
     Case::new("evidence::a_process_that_is_gone_at_once_is_named", |ctx| {
         let fx = Fixture::start_with(ctx, &[Agent::standard("alpha")], &roomy())?;
         let mut actor = fx.actor("alpha")?;
-        // As many as can be written, on emulated processors, before what is left is summed up.
         let count = if scale::emulated() && !scale::full() {
-            PROCESSES / 100
+            PROCESSES / 50
         } else {
             PROCESSES
         };

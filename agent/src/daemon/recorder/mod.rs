@@ -243,12 +243,14 @@ impl Recorder {
 
     /// Takes in all that the ring has. Agents can fill it faster than lines can be written, and
     /// nobody else is served meanwhile: after a turn records are booked and not written, but for
-    /// the first of each agent. What is booked so is owed, and told in one line for each kind.
+    /// the first of each agent. What is booked so is owed, and told in one line for each kind. The
+    /// first chunk is written whatever the time: so much gathers while this process waits for a
+    /// processor, without any flood.
     fn empty(&mut self, enforcer: &mut Enforcer) {
         let turn = Instant::now();
         let mut lines: HashMap<u32, u32> = HashMap::new();
         // What is in the ring now is in it once at most.
-        for _ in 0..RING_BYTES as usize / size_of::<Event>() / CHUNK {
+        for round in 0..RING_BYTES as usize / size_of::<Event>() / CHUNK {
             let events = enforcer.drain(CHUNK);
             let now = crate::kernel::boot_nanos();
             for event in &events {
@@ -257,7 +259,7 @@ impl Recorder {
                     continue;
                 };
                 let of_agent = lines.entry(event.agent).or_default();
-                if *of_agent < FIRST || turn.elapsed() < TURN {
+                if round == 0 || *of_agent < FIRST || turn.elapsed() < TURN {
                     *of_agent += 1;
                     self.write_event(now, event, count);
                 } else {
